@@ -1,0 +1,125 @@
+"""LoRA on the small model, and its way back to the large one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from loram.errors import refuse
+from loram.kept import Kept
+from loram.model import load, read_config, save
+from loram.prune import copy_companions
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA as in the paper's section 4: r 8, alpha 16 (scale alpha / r), dropout 0.05, all linears."""
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+
+def attach(model: PreTrainedModel, config: AdapterConfig, seed: int = 0) -> PeftModel:
+    """Freeze `model` and put trainable LoRA factors (float32) beside its linears.
+
+    lora_A is drawn from `seed`, lora_B is zero: the function of the model does not change.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=config.r,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=list(config.targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+
+
+def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
+    """Re-shape an adapter of the pruned model so that it fits the full model.
+
+    The factor that shares the cut dimension (lora_B rows of q, k, v, gate, up; lora_A columns of
+    o, down) gets exact zeros where something was pruned and its trained values elsewhere; the
+    other factor, and adapters of whole layers, are copied. See `loram.kept` on the paper's (1 - M).
+    The result is a stock PEFT adapter for `base`.
+
+    Args:
+        adapter: PEFT adapter directory trained on the pruned model.
+        pruned: directory with the `kept.safetensors` of that model.
+        base: the full model, a directory or a hub id; only its config is read.
+
+    Raises:
+        UserError: an adapter that is not plain LoRA, or that does not fit the pruned model.
+    """
+    adapter, out = Path(adapter), Path(out)
+    config = json.loads((adapter / CONFIG).read_text())
+    refuse_unless_plain(config)
+    slices = Kept.load(pruned).slices(read_config(base))
+    tensors = {}
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        for name in file.keys():
+            tensor, (module, factor, _) = file.get_tensor(name), name.rsplit(".", 2)
+            cut = slices.get(module.removeprefix("base_model.model."))
+            if cut and cut.dim == ("lora_B", "lora_A").index(factor):
+                if tensor.shape[cut.dim] != len(cut.index):
+                    refuse(
+                        "adapter",
+                        f"{name} of shape {tuple(tensor.shape)}",
+                        f"{len(cut.index)} along dim {cut.dim}, as the pruned model in {pruned}",
+                    )
+                tensor = cut.put(tensor)
+            tensors[name] = tensor
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    config |= {"base_model_name_or_path": str(base), "inference_mode": True}
+    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def refuse_unless_plain(config: dict) -> None:
+    """Refuse adapters whose update is not `alpha / r * lora_B @ lora_A` on frozen weights."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        refuse("adapter", f"peft_type {kind!r}", "LORA")
+    for option, plain in (("use_dora", (False, None)), ("lora_bias", (False, None))):
+        if config.get(option) not in plain:
+            refuse(f"adapter {option}", config[option], "false")
+    start = config.get("init_lora_weights", True)
+    # PiSSA, OLoRA, LoftQ and the like move part of the base weight into the factors.
+    if start not in (True, False, None, "gaussian", "orthogonal"):
+        refuse("adapter init_lora_weights", repr(start), "true, false, gaussian, orthogonal")
+
+
+def open_adapted(base: str | Path, adapter: Path, **options) -> PeftModel:
+    """The model `base` with an adapter of its shape on it, for inference; options as in `load`."""
+    return PeftModel.from_pretrained(load(base, **options), adapter).eval()
+
+
+def merge(base: Path, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write `base` with the adapter added to its weights, as an ordinary model directory.
+
+    The sum is done in float32 and rounded once to `dtype`: the base weights were never quantised,
+    so nothing of a QLoRAM adapter is lost in merging.
+    """
+    merged = open_adapted(base, adapter, dtype=torch.float32).merge_and_unload()
+    save(merged.to(dtype), Path(out))
+    copy_companions(Path(base), Path(out))

@@ -1,0 +1,110 @@
+"""What pruning keeps: which rows or columns of every linear survive, and the way back.
+
+The mask M of the paper (section 3) has 1 for a retained entry. The trained update lives on the
+retained entries, so recovery puts it there and leaves exact zeros on the pruned ones. The paper's
+recovery equation multiplies by (1 - M) instead; with its own convention for M that makes every
+update zero, and its figures and its authors' code keep the retained entries, as is done here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+FILE = "kept.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The surviving part of one matrix: `index` (int64, ascending) along `dim`, out of `size`.
+
+    `nn.Linear.weight` is (out, in), `lora_B` (out, r) and `lora_A` (r, in), so a cut of the outputs
+    is dim 0 of the weight and of lora_B, and a cut of the inputs is dim 1 of the weight and of
+    lora_A: the same number serves the weight and the one factor that shares the cut dimension.
+    """
+
+    dim: int
+    index: Tensor
+    size: int
+
+    def take(self, full: Tensor) -> Tensor:
+        """Full to pruned; any dtype, any number of dimensions above `dim`."""
+        return full.index_select(self.dim, self.index.to(full.device))
+
+    def put(self, pruned: Tensor) -> Tensor:
+        """Pruned to full, exact zeros where something was removed; `take(put(x)) == x`."""
+        shape = list(pruned.shape)
+        shape[self.dim] = self.size
+        full = pruned.new_zeros(shape)
+        return full.index_copy_(self.dim, self.index.to(pruned.device), pruned)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The surviving KV heads and MLP neurons of every decoder layer.
+
+    `kv_heads[i]` and `neurons[i]` are int64, ascending. A KV head stays together with all of its
+    query heads; a neuron is a gate row, an up row and a down column together.
+    """
+
+    kv_heads: tuple[Tensor, ...]
+    neurons: tuple[Tensor, ...]
+
+    def slices(self, config: PreTrainedConfig) -> dict[str, Slice]:
+        """The `Slice` of each linear that was cut, by module name in the full model.
+
+        Args:
+            config: the config of the full model.
+        """
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        group, dim = heads // kv_heads, head_dim(config)
+        slices = {}
+        for i, (kept_kv, kept_neurons) in enumerate(zip(self.kv_heads, self.neurons, strict=True)):
+            attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+            if len(kept_kv) < kv_heads:
+                # Query heads g*n .. g*n+n-1 belong to KV head g: a head's rows are contiguous.
+                kv_rows, q_rows = _spread(kept_kv, dim), _spread(_spread(kept_kv, group), dim)
+                slices[f"{attn}.q_proj"] = Slice(0, q_rows, heads * dim)
+                slices[f"{attn}.k_proj"] = Slice(0, kv_rows, kv_heads * dim)
+                slices[f"{attn}.v_proj"] = Slice(0, kv_rows, kv_heads * dim)
+                slices[f"{attn}.o_proj"] = Slice(1, q_rows, heads * dim)
+            if len(kept_neurons) < config.intermediate_size:
+                for name, cut in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+                    slices[f"{mlp}.{name}"] = Slice(cut, kept_neurons, config.intermediate_size)
+        return slices
+
+    def save(self, directory: Path) -> None:
+        """Write `kept.safetensors`: int64 tensors `layers.<i>.kv_heads` and `layers.<i>.neurons`."""
+        pairs = enumerate(zip(self.kv_heads, self.neurons, strict=True))
+        save_file(
+            {
+                f"layers.{i}.{name}": tensor.contiguous()
+                for i, (kv_heads, neurons) in pairs
+                for name, tensor in (("kv_heads", kv_heads), ("neurons", neurons))
+            },
+            Path(directory) / FILE,
+        )
+
+    @staticmethod
+    def load(directory: Path) -> "Kept":
+        """Read what `save` wrote."""
+        tensors = load_file(Path(directory) / FILE)
+        layers = range(len(tensors) // 2)
+        return Kept(
+            tuple(tensors[f"layers.{i}.kv_heads"] for i in layers),
+            tuple(tensors[f"layers.{i}.neurons"] for i in layers),
+        )
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Width of one attention head; not every config states it."""
+    stated = getattr(config, "head_dim", None)
+    return stated or config.hidden_size // config.num_attention_heads
+
+
+def _spread(index: Tensor, width: int) -> Tensor:
+    """Indices of blocks of `width` to the indices of their elements: [2], 3 -> [6, 7, 8]."""
+    return (index[:, None] * width + torch.arange(width)).flatten()
