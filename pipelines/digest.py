@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered, so that checking gigabytes a second time costs one `stat` a file."""
+"""SHA-256 of files, remembered: checking gigabytes a second time costs one `stat` a file."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ def file_digest(path: Path, cache: Path) -> str:
     Args:
         path: a local file.
         cache: a directory (made if missing; safe to share between processes) with one small file
-            for each path. A remembered digest counts only while size, mtime and ctime are unchanged.
+            for each path. A remembered digest counts while size, mtime and ctime are unchanged.
 
     Raises:
         OSError: the file cannot be read.
@@ -30,14 +30,19 @@ def file_digest(path: Path, cache: Path) -> str:
             return str(known["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never seen, or a note torn by a crash: read the file
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = read_digest(path)
     if _stamp(path) == seen and time.time_ns() - seen[1] > SETTLED_NS:
         cache.mkdir(parents=True, exist_ok=True)
         draft = note.with_suffix(f".{uuid.uuid4().hex}")
         draft.write_text(json.dumps({"path": str(path), "stamp": seen, "sha256": digest}))
         draft.replace(note)
     return digest
+
+
+def read_digest(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes, read now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:

@@ -1,0 +1,249 @@
+"""Finished steps on disk: a directory is there exactly when it is complete.
+
+    <root>/sft-3f9a0c2b71de/          an entry: what the step wrote, and record.json
+    <root>/work/sft-3f9a0c2b71de/     an unfinished step's checkpoints; they survive a crash
+    <root>/partial/                   entries being written
+    <root>/locks/  <root>/digests/    who uses what; remembered checksums
+
+The root may be a local path or a shared file system. Readers of an entry hold its lock together,
+the one who makes or removes it holds it alone.
+`python -m pipelines.store list | remove ENTRY... | clean` looks at it and makes room.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loram.errors import UserError, refuse
+from pipelines.digest import file_digest, read_digest
+from pipelines.lock import Lock, try_lock
+
+RECORD = "record.json"
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "ray", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A directory of entries, each named by its slug: `<step>-<first 12 digits of its key>`."""
+
+    root: Path
+
+    def entry(self, slug: str) -> Path:
+        """Where the finished step is, or will be."""
+        return self.root / slug
+
+    def work(self, slug: str) -> Path:
+        """Where the step keeps what a second attempt can go on from; removed by `commit`."""
+        return self.root / "work" / slug
+
+    def lock(self, slug: str, *, shared: bool = False) -> Lock | None:
+        """The entry's lock, or None while another holder is in the way."""
+        return try_lock(self.root / "locks" / slug, shared=shared)
+
+    def slugs(self) -> list[str]:
+        """All entries, intact or not."""
+        return sorted(path.parent.name for path in self.root.glob(f"*/{RECORD}"))
+
+    def record(self, slug: str) -> dict[str, Any]:
+        """What `seal` wrote about the entry.
+
+        Raises:
+            OSError, ValueError: there is none, or it is no JSON.
+        """
+        return dict(json.loads((self.entry(slug) / RECORD).read_text()))
+
+    def flaw(self, slug: str, key: str) -> str:
+        """Why the entry cannot be used; empty if every byte is as its record says."""
+        entry = self.entry(slug)
+        try:
+            record = self.record(slug)
+            if record["key"] != key:
+                return f"{RECORD} is for another step, {record['key']}"
+            there = {str(p.relative_to(entry)) for p in entry.rglob("*") if p.is_file()}
+            if odd := sorted(there.symmetric_difference({RECORD, *record["files"]})):
+                return f"{odd[0]} is missing or was added"
+            for name, was in record["files"].items():
+                if (entry / name).stat().st_size != was["size"]:
+                    return f"{name} has not the size of its record"
+                if file_digest(entry / name, self.root / "digests") != was["sha256"]:
+                    return f"{name} has not the checksum of its record"
+        except FileNotFoundError:
+            return "missing"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"unreadable: {error!r}"
+        return ""
+
+    def touch(self, slug: str) -> None:
+        """Remember that the entry was used now, for `clean`."""
+        with contextlib.suppress(OSError):
+            os.utime(self.entry(slug) / RECORD)
+
+    def begin(self, slug: str) -> Path:
+        """An empty directory to write the entry in; the caller holds the lock alone.
+
+        What dead runs left half-written is removed, and so is an entry with a flaw.
+        """
+        self.discard(slug)
+        for stale in (self.root / "partial").glob(f"{slug}.*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        self.work(slug).mkdir(parents=True, exist_ok=True)
+        partial = self.root / "partial" / f"{slug}.{uuid.uuid4().hex[:8]}"
+        partial.mkdir(parents=True)
+        return partial
+
+    def commit(self, slug: str, partial: Path) -> Path:
+        """Give a sealed directory its name, in one rename; the caller holds the lock alone."""
+        entry = self.entry(slug)
+        partial.rename(entry)
+        _sync(self.root)
+        shutil.rmtree(self.work(slug), ignore_errors=True)
+        return entry
+
+    def discard(self, slug: str) -> None:
+        """Remove an entry, never leaving half of it; the caller holds the lock alone."""
+        trash = self.root / "partial" / f"{slug}.{uuid.uuid4().hex[:8]}"
+        trash.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.entry(slug).rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def seal(out: Path, about: dict[str, Any]) -> None:
+    """Make what is in `out` durable and write its record, last.
+
+    The record is `about` with the checksums of all files and the versions of the libraries.
+    """
+    files = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        _sync(path)
+        about_file = {"sha256": read_digest(path), "size": path.stat().st_size}
+        files[str(path.relative_to(out))] = about_file
+    record = about | {"libraries": _versions(), "files": files}
+    text = json.dumps(record, indent=1, allow_nan=False)
+    (out / RECORD).write_text(text + "\n")
+    _sync(out / RECORD)
+    _sync(out)
+
+
+def remove(store: Store, names: list[str]) -> list[str]:
+    """Remove entries, named by slug or by the start of one or of a key; returns their slugs.
+
+    Raises:
+        UserError: no entry, or several, fit a name, or a run is using it; nothing is removed then.
+    """
+    locks = {}
+    try:
+        for name in names:
+            fit = [s for s in store.slugs() if name in (s, s[: len(name)], s[-12:][: len(name)])]
+            if len(fit) != 1:
+                refuse("entry", f"{name!r}, which fits {fit or 'nothing'}", "the name of one entry")
+            if fit[0] in locks:
+                continue
+            lock = store.lock(fit[0])
+            if lock is None:
+                refuse("entry", f"{fit[0]}, in use by a run", "an entry that no run is using")
+            locks[fit[0]] = lock
+        for slug in locks:
+            store.discard(slug)
+    finally:
+        for lock in locks.values():
+            lock.release()
+    return list(locks)
+
+
+def clean(store: Store, unused_days: float | None) -> list[str]:
+    """Remove what dead runs left and, if asked, entries not used for so many days.
+
+    Whatever a run is using stays. Returns the paths removed, relative to the root.
+    """
+    leftovers = [p for part in ("partial", "work") for p in (store.root / part).glob("*")]
+    chosen = [(path.name.partition(".")[0], path) for path in leftovers]
+    if unused_days is not None:
+        limit = time.time() - unused_days * 86_400
+        for slug in store.slugs():
+            if (store.entry(slug) / RECORD).stat().st_mtime < limit:
+                chosen.append((slug, store.entry(slug)))
+    removed = []
+    for slug, path in chosen:
+        lock = store.lock(slug)
+        if lock is None:
+            continue
+        if path == store.entry(slug):
+            store.discard(slug)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        lock.release()
+        removed.append(str(path.relative_to(store.root)))
+    return removed
+
+
+def listing(store: Store) -> list[str]:
+    """One line an entry: its slug, bytes, days since its last use, and whether a run uses it."""
+    lines = [f"{'entry':40} {'MB':>10} {'unused days':>12}"]
+    for slug in store.slugs():
+        path = store.entry(slug) / RECORD
+        try:
+            size = sum(file["size"] for file in store.record(slug)["files"].values()) / 1e6
+            days = (time.time() - path.stat().st_mtime) / 86_400
+        except (OSError, ValueError, KeyError, TypeError):
+            lines.append(f"{slug:40} {'unreadable':>10}")
+            continue
+        lock = store.lock(slug)
+        if lock:
+            lock.release()
+        lines.append(f"{slug:40} {size:10.1f} {days:12.1f}{'' if lock else '  in use'}")
+    return lines
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    from pipelines.assets import home
+
+    parser = argparse.ArgumentParser(prog="python -m pipelines.store", description="Results kept.")
+    parser.add_argument("--store", type=Path, help="default: the store of make full")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="every entry with its size and last use")
+    verbs.add_parser("remove", help="remove entries").add_argument("entry", nargs="+")
+    cleaning = verbs.add_parser("clean", help="remove what dead runs left behind")
+    cleaning.add_argument("--unused-days", type=float, help="also entries unused for so long")
+    options = parser.parse_args(words)
+    store = Store((options.store or home() / "store").absolute())
+    try:
+        if options.verb == "list":
+            print("\n".join(listing(store)))
+        elif options.verb == "remove":
+            print("\n".join(f"removed {slug}" for slug in remove(store, options.entry)))
+        else:
+            print("\n".join(f"removed {path}" for path in clean(store, options.unused_days)))
+    except UserError as error:
+        print(error)
+        return 1
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
