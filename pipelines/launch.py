@@ -1,0 +1,84 @@
+"""Steps as Ray tasks, and the Ray that they run in."""
+
+import logging
+import os
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from loram.errors import UserError
+from pipelines.execute import run
+from pipelines.step import Metrics, Step
+
+ROOT = Path(__file__).parents[1]
+
+
+def start_ray() -> None:
+    """Join the cluster of $RAY_ADDRESS, which a submitted job has; without one, start Ray here.
+
+    The embedded Ray ends with this process, a killed one included. Its tasks can import loram and
+    pipelines whether or not these are installed and wherever the program was started.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+    )
+
+
+def ray_launch(
+    step: Step, inputs: dict[str, Any], out: Path, work: Path, place: Any
+) -> "Future[Metrics]":
+    """Run the step as a Ray task with its cpus and gpus; cancelling the Future kills the task.
+
+    A lost worker is replaced once: the second attempt goes on from `work`. What the step raised
+    is what the Future raises; a UserError is found below any of Ray's wrappings.
+    """
+    task = ray.remote(run).options(
+        name=step.slug, num_cpus=step.cpus, num_gpus=step.gpus, max_retries=1
+    )
+    ref = task.remote(step, inputs, out.absolute(), work.absolute(), place)
+    future: Future[Metrics] = Future()
+
+    def settle(answer: "Future[Metrics]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        error = answer.exception()
+        if error is None:
+            future.set_result(answer.result())
+        else:
+            future.set_exception(_bare(error))
+
+    def stop(cancelled: "Future[Metrics]") -> None:
+        if cancelled.cancelled() and ray.is_initialized():
+            ray.cancel(ref, force=True)
+
+    future.add_done_callback(stop)
+    ref.future().add_done_callback(settle)
+    return future
+
+
+def _bare(error: BaseException) -> BaseException:
+    """The step's own exception: a UserError if there is one below, else what the task raised."""
+    own = getattr(error, "cause", None) or error
+    pending, seen = [own], set()
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, UserError):
+            return UserError(str(inner.args[0]))
+        if id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        below = [getattr(inner, name, None) for name in ("__cause__", "cause", "_base_exc")]
+        below += getattr(inner, "worker_failures", {}).values()  # of ray.train.WorkerGroupError
+        below.append(getattr(inner, "controller_failure", None))  # of ray.train.ControllerError
+        pending += [link for link in below if isinstance(link, BaseException)]
+    return own
