@@ -133,9 +133,9 @@ def _write_text(out: Path) -> None:
     """Download LLaMA-Factory's source distribution and keep its samples; it is never installed."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        command = [sys.executable, *"-m pip download --quiet --no-deps --no-binary".split()]
-        command += ["llamafactory", "-c", str(PINS), "-d", str(work), "llamafactory"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-c", str(PINS)]
+        pip += ["--no-binary", "llamafactory", "--dest", str(work), "llamafactory"]
+        done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
             raise UserError(f"assets: llamafactory could not be fetched with pip: {reason}")
