@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -65,6 +66,13 @@ def load(
             # weight for a kernel that rounds its scales and fails on widths like 537.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def local(path: str | Path) -> Path:
+    """The directory itself, or the one that a hub id is downloaded to (weights as safetensors)."""
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
 
 
 def save(model: PreTrainedModel, directory: Path) -> None:

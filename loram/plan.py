@@ -104,11 +104,14 @@ def activation_bytes(config: PreTrainedConfig, tokens: int, checkpointing: bool)
     return tokens * sum(per_layer)
 
 
-def align_bytes(config: PreTrainedConfig, tokens: int, checkpointing: bool) -> int:
-    """Estimated peak of alignment: float32 weights, gradients and two moments, and activations."""
+def align_bytes(
+    config: PreTrainedConfig, tokens: int, checkpointing: bool, workers: int = 1
+) -> int:
+    """Estimated peak of alignment a worker: float32 weights, gradients and two moments (divided
+    over the workers by FSDP2), and activations."""
     count = size(config)
     trained = count.total - count.frozen_in_alignment
-    held = 16 * trained + 4 * count.frozen_in_alignment
+    held = (16 * trained + 2 * count.frozen_in_alignment) // workers
     return held + activation_bytes(config, tokens, checkpointing)
 
 

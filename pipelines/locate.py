@@ -1,0 +1,54 @@
+"""Where a recipe's model and data are, each named by a digest of its content."""
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from loram.errors import refuse
+from loram.prune import COMPANIONS
+from pipelines.digest import file_digest
+from pipelines.recipe import Recipe
+from pipelines.sources import SourceSpec, digest
+from pipelines.step import Source
+
+MODEL_FILES = ("config.json", "model*.safetensors*", *COMPANIONS)
+
+
+def locate(recipe: Recipe, cache: Path) -> tuple[Source, dict[str, Source]]:
+    """The model, and each data source by its path.
+
+    Args:
+        cache: directory of remembered file digests.
+
+    Raises:
+        UserError: something cannot be read.
+    """
+    specs = {spec.path: spec for spec in all_sources(recipe)}
+    return locate_model(recipe.model, cache), {
+        path: Source("data", path, digest(spec, cache)) for path, spec in specs.items()
+    }
+
+
+def all_sources(recipe: Recipe) -> tuple[SourceSpec, ...]:
+    """Every data source that the recipe names."""
+    held_out = recipe.evaluate.in_domain + recipe.evaluate.out_of_domain
+    return recipe.corpus.sources + recipe.instruct.sources + held_out
+
+
+def locate_model(model: str, cache: Path) -> Source:
+    """A local directory by its files' digests, a hub id by its commit."""
+    directory = Path(model)
+    if directory.is_dir():
+        files = sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern)})
+        lines = [f"{file.name} {file_digest(file, cache)}" for file in files]
+        return Source(
+            "model",
+            str(directory.absolute()),
+            hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        )
+    try:
+        return Source("model", model, str(HfApi().model_info(model, timeout=10).sha))
+    except (OSError, HfHubHTTPError, HFValidationError):
+        refuse("model", f"{model}, neither a directory nor a hub id within reach", "a model")

@@ -1,0 +1,259 @@
+"""A recipe is a whole run: plain frozen dataclasses, named recipes, and `key=value` changes."""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from loram.adapter import AdapterConfig
+from loram.errors import refuse
+from loram.prune import PruneConfig
+from loram.train import TrainConfig
+from pipelines.assets import MODEL, home
+from pipelines.place import Place
+from pipelines.sources import SourceSpec
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """General text for alignment and calibration.
+
+    rows: documents chosen at random over all sources, by weight. held_out: packed rows kept from
+    training for evaluation at intervals. max_bad_share: malformed rows tolerated.
+    """
+
+    sources: tuple[SourceSpec, ...]
+    rows: int = 102_400
+    held_out: int = 256
+    max_bad_share: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Instruct:
+    """Instructions for SFT. rows: None for all; held_out: conversations kept from training."""
+
+    sources: tuple[SourceSpec, ...]
+    rows: int | None = None
+    held_out: int = 256
+    max_bad_share: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out instructions: in_domain empty means the held-out part of the training source."""
+
+    out_of_domain: tuple[SourceSpec, ...]
+    in_domain: tuple[SourceSpec, ...] = ()
+    rows: int = 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole run. What, up to `compare`; how and where, from `place` on: never part of a key.
+
+    Attributes:
+        model: directory or hub id of the full model.
+        calibration_rows: packed corpus rows that Taylor scores are taken from.
+        nf4: QLoRAM: quantise the pruned and aligned model before SFT.
+        compare: what to train beside LoRAM: `lora` and `qlora` on the full model.
+        store, tracking: directory of results and MLflow server; empty for the default ones.
+    """
+
+    name: str
+    model: str
+    corpus: Corpus
+    instruct: Instruct
+    evaluate: Evaluate
+    prune: PruneConfig = PruneConfig()
+    calibration_rows: int = 32
+    align: TrainConfig = TrainConfig(steps=400, lr=5e-5)
+    nf4: bool = True
+    adapter: AdapterConfig = AdapterConfig()
+    sft: TrainConfig = TrainConfig(steps=400, lr=1e-3)
+    compare: tuple[str, ...] = ("lora",)
+    place: Place = Place()
+    store: str = ""
+    tracking: str = ""
+    experiment: str = "loram"
+
+
+def asset(name: str) -> str:
+    """The path of something that `make assets` prepared."""
+    return str(home() / "assets" / name)
+
+
+def small() -> Recipe:
+    """The default: SmolLM2-135M, real text and instructions, a quarter of an hour on two cores."""
+    return Recipe(
+        name="small",
+        model=asset(MODEL),
+        corpus=Corpus((SourceSpec(asset("c4.jsonl")), SourceSpec(asset("wiki.txt"))), 150, 16),
+        instruct=Instruct((SourceSpec(asset("gsm_train.jsonl")),), held_out=64),
+        evaluate=Evaluate(
+            in_domain=(SourceSpec(asset("gsm_test.jsonl")),),
+            out_of_domain=(SourceSpec(asset("alpaca.jsonl")),),
+            rows=100,
+        ),
+        calibration_rows=16,
+        align=TrainConfig(steps=20, lr=5e-5, global_batch=4, warmup_steps=4, eval_every=10),
+        sft=TrainConfig(steps=20, lr=1e-3, global_batch=4, warmup_steps=4, eval_every=10),
+    )
+
+
+def test() -> Recipe:
+    """Seconds, on a random model with two small layers: for tests and for trying things out."""
+    recipe = small()
+    train = TrainConfig(
+        steps=4, lr=1e-3, global_batch=4, seq_len=128, warmup_steps=1, eval_every=2
+    )
+    return dataclasses.replace(
+        recipe,
+        name="test",
+        model=asset("tiny-llama"),
+        corpus=dataclasses.replace(recipe.corpus, rows=24, held_out=2),
+        instruct=dataclasses.replace(recipe.instruct, rows=200, held_out=16),
+        evaluate=dataclasses.replace(recipe.evaluate, rows=16),
+        prune=PruneConfig(keep_first=1, keep_last=1, ratio=0.5),
+        calibration_rows=2,
+        align=train,
+        sft=train,
+    )
+
+
+def paper(name: str, model: str, **changes: Any) -> Recipe:
+    """The paper's data and settings, on one node of 8 GPUs."""
+    recipe = Recipe(
+        name=name,
+        model=model,
+        corpus=Corpus(
+            (
+                SourceSpec("hf://datasets/HuggingFaceFW/fineweb/sample/10BT", share=0.1),
+                SourceSpec("hf://datasets/open-web-math/open-web-math/data", share=0.1),
+            )
+        ),
+        instruct=Instruct((SourceSpec("hf://datasets/teknium/OpenHermes-2.5"),)),
+        evaluate=Evaluate(out_of_domain=(SourceSpec("hf://datasets/tatsu-lab/alpaca/data"),)),
+        align=TrainConfig(steps=200, lr=5e-5),
+        nf4=True,
+        place=Place(workers=8, cpus_per_worker=8, gpus_per_worker=1, micro_batch=4),
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+def llama2_13b() -> Recipe:
+    """LLaMA-2-13B, Stru 0.65, not quantised."""
+    return paper("llama2-13b", "meta-llama/Llama-2-13b-hf", nf4=False)
+
+
+def llama2_70b() -> Recipe:
+    """LLaMA-2-70B, QLoRAM-Stru 0.85: the comparison is with QLoRA, 70B in 16 bits does not fit."""
+    return paper(
+        "llama2-70b",
+        "meta-llama/Llama-2-70b-hf",
+        prune=PruneConfig(ratio=0.85),
+        compare=("qlora",),
+    )
+
+
+def llama31_70b() -> Recipe:
+    """LLaMA-3.1-70B, QLoRAM-Stru 0.85, 400 alignment steps."""
+    return dataclasses.replace(
+        llama2_70b(),
+        name="llama31-70b",
+        model="meta-llama/Llama-3.1-70B",
+        align=TrainConfig(steps=400, lr=5e-5),
+    )
+
+
+NAMED = {
+    "small": small,
+    "test": test,
+    "llama2-13b": llama2_13b,
+    "llama2-70b": llama2_70b,
+    "llama31-70b": llama31_70b,
+}
+
+
+def resolve(name: str, changes: list[str]) -> Recipe:
+    """The recipe of that name, or of a JSON file that a run left behind, with changes applied.
+
+    Args:
+        changes: `key=value` with dotted keys, such as `sft.lr=3e-4`; a value is JSON, or else text.
+
+    Raises:
+        UserError: unknown recipe or key, or a value of another type.
+    """
+    if name in NAMED:
+        settings = dataclasses.asdict(NAMED[name]())
+    elif name.endswith(".json") and Path(name).is_file():
+        try:
+            settings = json.loads(Path(name).read_text())
+        except ValueError as error:
+            refuse("recipe", f"{name}, which is not JSON ({error})", "a recipe.json of a run")
+    else:
+        refuse("recipe", repr(name), f"{', '.join(NAMED)}, or a recipe.json of a run")
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            refuse("argument", repr(change), "key=value")
+        _put(settings, key, value)
+    return _validated(settings)
+
+
+def _put(settings: dict[str, Any], key: str, value: str) -> None:
+    *parents, last = key.split(".")
+    place: Any = settings
+    for part in parents:
+        place = place.get(part) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place or isinstance(place[last], dict):
+        known = _keys(settings)
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        refuse("recipe key", repr(key), ", ".join(near or known))
+    try:
+        place[last] = json.loads(value)
+    except ValueError:
+        place[last] = value
+
+
+def _keys(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in settings.items():
+        inner = _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        keys += inner
+    return keys
+
+
+def _validated(settings: dict[str, Any]) -> Recipe:
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(settings), strict=True, extra="forbid")
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        key = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "unexpected_keyword_argument":
+            refuse("recipe key", repr(key), "a key of the recipe")
+        refuse(key, json.dumps(error["input"]), error["msg"].removeprefix("Input should be "))
+
+
+def write_recipe(recipe: Recipe, file: Path) -> None:
+    """Write the resolved recipe as JSON that `resolve` reads back."""
+    file.write_text(json.dumps(dataclasses.asdict(recipe), indent=1) + "\n")
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as flat dotted keys, the names that MLflow shows; sources as their paths."""
+
+    def walk(value: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(value, dict):
+            found: dict[str, Any] = {}
+            for name, inner in value.items():
+                found |= walk(inner, f"{prefix}.{name}" if prefix else name)
+            return found
+        return {prefix: value if isinstance(value, int | float | str) else json.dumps(value)}
+
+    return walk(dataclasses.asdict(recipe), "")

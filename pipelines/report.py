@@ -1,0 +1,129 @@
+"""The table at the end of a run, and one self-contained page with its plots."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+from pipelines.plots import draw_curves, draw_losses
+from pipelines.results import LEAST_GAIN, Row
+
+COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+    ("model", lambda row: row.label),
+    ("parameters", lambda row: _number(row.parameters, 1e6, ".1f", " M")),
+    ("held", lambda row: _number(row.bytes, 1e6, ",.0f", " MB")),
+    ("reduction", lambda row: _number(row.reduction, 1, ".2f", "x")),
+    ("loss", lambda row: f"{row.loss:.3f}"),
+    ("ppl in", lambda row: f"{row.perplexity:.2f}"),
+    ("ppl out", lambda row: f"{row.out_of_domain_perplexity:.2f}"),
+    ("share of gain", lambda row: _number(row.share, 0.01, ".0f", " %")),
+    ("tokens/s", lambda row: _number(row.tokens_per_second, 1, ",.0f", "")),
+    ("peak", lambda row: _number(row.peak_memory_bytes, 1e6, ",.0f", " MB")),
+]
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What a reader must know to read the table rightly."""
+    lines = [
+        "held: the frozen model while the adapter trains. reduction: full model in bf16 over held. "
+        "loss: nats a trained token, held out, in domain. tokens/s, peak: of SFT, padding counted."
+    ]
+    by_label = {row.label: row for row in rows}
+    if "LoRA" not in by_label:
+        lines.append("share of gain: not told, no LoRA on the full model was trained.")
+    elif all(row.share is None for row in rows):
+        gain = by_label["base"].loss - by_label["LoRA"].loss
+        lines.append(
+            f"share of gain: means nothing here, full LoRA gained {gain:.3f} nats over the base "
+            f"and at least {LEAST_GAIN} are needed."
+        )
+    return lines
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """The table for a terminal."""
+    drawn = Table(title=title, caption="\n".join(notes(rows)), caption_justify="left")
+    for index, (name, _) in enumerate(COLUMNS):
+        drawn.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(show(row) for _, show in COLUMNS))
+    return drawn
+
+
+def write(
+    out: Path,
+    rows: list[Row],
+    curves: dict[str, list[dict[str, Any]]],
+    steps: list[tuple[str, str, float]],
+    recipe: dict[str, Any],
+    versions: dict[str, str],
+) -> None:
+    """Write `report.html`, `table.json` and the plots as SVG and PNG to the directory `out`.
+
+    Args:
+        curves: by name of the training step, its `metrics.jsonl`.
+        steps: name, key and seconds of every step, in order.
+        recipe: flat resolved recipe.
+    """
+    (out / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    pictures = {"losses": draw_losses([(row.label, row.loss, row.share) for row in rows])}
+    if curves:
+        pictures["curves"] = draw_curves(curves)
+    for name, figure in pictures.items():
+        figure.savefig(out / f"{name}.svg")
+        figure.savefig(out / f"{name}.png", dpi=150)
+    images = "".join(_image(figure) for figure in pictures.values())
+    for figure in pictures.values():
+        plt.close(figure)
+    head = [name for name, _ in COLUMNS]
+    body = [[show(row) for _, show in COLUMNS] for row in rows]
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<title>LoRAM: {html.escape(str(recipe['name']))}</title><style>{STYLE}</style>"
+        f"<h1>LoRAM: {html.escape(str(recipe['name']))}</h1>"
+        + _html_table(head, body)
+        + "".join(f"<p>{html.escape(note)}</p>" for note in notes(rows))
+        + images
+        + "<h2>Steps</h2>"
+        + _html_table(["step", "key", "seconds"], [[n, k, f"{s:,.1f}"] for n, k, s in steps])
+        + "<h2>Recipe</h2>"
+        + _html_table(["key", "value"], [[k, str(v)] for k, v in recipe.items()])
+        + "<h2>Versions</h2>"
+        + _html_table(["library", "version"], [[k, v] for k, v in versions.items()])
+    )
+    (out / "report.html").write_text(page)
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100%; display: block }
+"""
+
+
+def _html_table(head: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>"
+
+    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+def _image(figure: plt.Figure) -> str:
+    data = io.BytesIO()
+    figure.savefig(data, format="svg")
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img alt="" src="data:image/svg+xml;base64,{encoded}">'
+
+
+def _number(value: float | None, unit: float, spec: str, suffix: str) -> str:
+    return "-" if value is None else f"{value / unit:{spec}}{suffix}"

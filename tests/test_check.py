@@ -1,0 +1,125 @@
+"""Bad input, as a user would give it: one line that names it, exit status 2, Ray not started."""
+
+import json
+import shutil
+import socket
+import time
+
+import pytest
+import ray
+
+from loram.model import save
+from pipelines.assets import home
+from pipelines.full import main
+from tests.conftest import tiny_model
+
+ASSETS = home() / "assets"
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Run the main job with `test key=value ...` and return the one line that it was refused with."""
+
+    def run(*changes: str) -> str:
+        started = time.monotonic()
+        status = main(["test", f"store={tmp_path / 'store'}", *changes])
+        captured = capsys.readouterr()
+        assert status == 2 and not ray.is_initialized()
+        assert time.monotonic() - started < 10
+        lines = captured.err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+        assert "; accepted: " in lines[0]
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ("sft.lrr=1", "sft.lrr"),
+        ("sft.steps=two", "sft.steps"),
+        ("prune.ratio=1", "prune.ratio"),
+        ("prune.ratio=0.999", "prune.ratio"),
+        ("prune.method=magnitude", "rand, stru"),
+        ("prune.keep_first=4", "prune.keep_first + prune.keep_last"),
+        ("sft.seq_len=100000", "sft.seq_len"),
+        ("align.global_batch=6", "align.global_batch"),
+        ("sft.steps=0", "sft.steps"),
+        ("sft.lr=-1", "sft.lr"),
+        ("compare=[\"dora\"]", "lora, qlora"),
+        ("place.gpus_per_worker=8", "8 GPUs"),
+        ("place.cpus_per_worker=4096", "4096 CPUs"),
+        ("model=no/such-model-anywhere", "no/such-model-anywhere"),
+        ("corpus.sources=[]", "corpus.sources"),
+    ],
+)
+def test_settings(refused, change, names):
+    assert names in refused(change)
+
+
+def source(setting: str, path) -> str:
+    return f"{setting}=" + json.dumps([{"path": str(path)}])
+
+
+@pytest.mark.parametrize("setting", ["corpus.sources", "instruct.sources"])
+def test_files(refused, setting, tmp_path):
+    assert "missing.jsonl" in refused(source(setting, tmp_path / "missing.jsonl"))
+    (tmp_path / "empty.jsonl").touch()
+    assert "empty" in refused(source(setting, tmp_path / "empty.jsonl"))
+    (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)) * 64)
+    assert "binary.jsonl" in refused(source(setting, tmp_path / "binary.jsonl"))
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 64)
+    assert "binary.txt" in refused(source(setting, tmp_path / "binary.txt"))
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1" + b"\0" * 100)
+    assert "cut.parquet" in refused(source(setting, tmp_path / "cut.parquet"))
+    (tmp_path / "other.jsonl").write_text('{"colour": "red"}\n' * 4)
+    assert "colour" in refused(source(setting, tmp_path / "other.jsonl"))
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert "picture.png" in refused(source(setting, tmp_path / "picture.png"))
+
+
+def test_no_trainable_token(refused, tmp_path):
+    rows = '{"instruction": "Say nothing.", "output": ""}\n' * 4
+    (tmp_path / "silent.jsonl").write_text(rows)
+    assert "silent.jsonl" in refused(source("instruct.sources", tmp_path / "silent.jsonl"))
+
+
+def test_models(refused, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    assert "config.json" in refused(f"model={model}")
+    save(tiny_model("llama"), model)
+    assert "tokenizer" in refused(f"model={model}")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ASSETS / "tiny-llama" / file, model / file)
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors, damaged" in refused(f"model={model}")
+    (model / "model.safetensors").unlink()
+    assert "without model.safetensors" in refused(f"model={model}")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert "'gpt2'" in refused(f"model={model}")
+    (model / "config.json").write_text("{")
+    assert "not JSON" in refused(f"model={model}")
+
+
+def test_store(refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert "not writable" in refused(f"store={tmp_path / 'file' / 'store'}")
+
+
+def test_disk_too_full(refused, tmp_path):
+    """A model whose copies no disk holds; its weights are not looked at for that."""
+    config = tiny_model("llama", hidden_size=64).config
+    config.vocab_size = 10**12
+    config.save_pretrained(tmp_path / "huge")
+    assert "GB free" in refused(f"model={tmp_path / 'huge'}")
+
+
+def test_tracking_server(refused):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    assert f"127.0.0.1:{port}" in refused(f"tracking=http://127.0.0.1:{port}")

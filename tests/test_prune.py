@@ -1,0 +1,118 @@
+"""The size rule, the choice of groups, and Taylor scores against a reference that asks the model."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from loram.errors import UserError
+from loram.kept import head_dim
+from loram.prune import PruneConfig, choose, score, widths
+from loram.taylor import Scores
+from tests.conftest import FAMILIES, tiny_model
+
+RULE = [  # heads, KV heads, neurons, ratio, multiple -> KV heads, neurons
+    (40, 40, 13_824, 0.65, 1, 14, 4838),
+    (40, 40, 13_824, 0.9, 1, 4, 1382),  # int(40 * (1 - 0.9)) in floats would be 3
+    (64, 8, 28_672, 0.65, 1, 3, 10_035),
+    (64, 8, 28_672, 0.95, 1, 1, 1433),
+    (9, 3, 1536, 0.65, 1, 2, 537),
+    (9, 3, 1536, 0.65, 64, 2, 512),
+    (9, 3, 1536, 0.0, 64, 3, 1536),
+]
+
+
+@pytest.mark.parametrize(("heads", "kv", "size", "ratio", "multiple", "kept_kv", "kept"), RULE)
+def test_size_rule(heads, kv, size, ratio, multiple, kept_kv, kept):
+    config = tiny_model("llama").config
+    config.num_attention_heads, config.num_key_value_heads = heads, kv
+    config.intermediate_size = size
+    assert widths(config, PruneConfig(ratio=ratio, multiple=multiple)) == (kept_kv, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 1.0}, r"prune.ratio: found 1.0; accepted: a number in \[0, 1\)"),
+        ({"ratio": -0.1}, r"prune.ratio: found -0.1"),
+        ({"ratio": float("nan")}, r"prune.ratio: found nan"),
+        ({"ratio": 0.995}, r"prune.ratio: found 0.995, which leaves .* 0 neurons"),
+        ({"method": "struct"}, "prune.method: found 'struct'; accepted: rand, stru"),
+    ],
+)
+def test_impossible_cuts_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        widths(tiny_model("llama").config, PruneConfig(**change))
+
+
+def test_a_ratio_that_leaves_no_head_is_refused():
+    config = tiny_model("llama", num_key_value_heads=8, num_attention_heads=8).config
+    with pytest.raises(UserError, match="leaves 0 KV heads"):
+        widths(config, PruneConfig(ratio=0.9))
+
+
+def test_the_highest_scores_stay_and_end_layers_are_whole():
+    config = tiny_model("llama").config
+    scores = Scores(
+        torch.tensor([3.0, 1.0, 4.0, 2.0]).repeat(4, 1), torch.arange(96.0).flip(0).repeat(4, 1)
+    )
+    kept = choose(scores, config, PruneConfig(ratio=0.5, keep_first=1, keep_last=1))
+    assert [len(x) for x in kept.kv_heads] == [4, 2, 2, 4]
+    assert kept.kv_heads[1].tolist() == [0, 2] and kept.neurons[2].tolist() == list(range(48))
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(20).repeat(3, 1)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taylor_scores(family):
+    """Against the definition, weight by weight of every group, through HF's own loss.
+
+    With KV heads that are told apart by groups: folded groups give other numbers.
+    """
+    model = tiny_model(family)
+    got = score(model, [batch()], PruneConfig(method="stru"))
+    config = model.config
+    dim, group = head_dim(config), config.num_attention_heads // config.num_key_value_heads
+    model.requires_grad_(True)
+    data = batch()
+    logits = model(input_ids=data["input_ids"], position_ids=data["position_ids"]).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten())
+    loss.backward()
+    for i, layer in enumerate(model.model.layers):
+        attn, mlp = layer.self_attn, layer.mlp
+
+        def saliency(linear) -> torch.Tensor:
+            return (linear.weight * linear.weight.grad).detach().abs()
+
+        for kv in range(config.num_key_value_heads):
+            expected = sum(saliency(x)[kv * dim : kv * dim + dim].sum() for x in (attn.k_proj, attn.v_proj))
+            for q in range(kv * group, kv * group + group):
+                rows = slice(q * dim, q * dim + dim)
+                expected += saliency(attn.q_proj)[rows].sum() + saliency(attn.o_proj)[:, rows].sum()
+            assert got.kv_heads[i, kv] == pytest.approx(float(expected), rel=2e-4)
+        expected = saliency(mlp.gate_proj).sum(1) + saliency(mlp.up_proj).sum(1)
+        assert torch.allclose(got.neurons[i], expected + saliency(mlp.down_proj).sum(0), rtol=2e-4)
+
+
+def test_scores_survive_files(tmp_path):
+    scores = score(tiny_model("qwen2"), [], PruneConfig(method="rand", seed=4))
+    scores.save(tmp_path)
+    again = Scores.load(tmp_path)
+    assert torch.equal(scores.kv_heads, again.kv_heads)
+    assert torch.equal(scores.neurons, again.neurons)
+    other = score(tiny_model("qwen2"), [], PruneConfig(method="rand", seed=5))
+    assert not torch.equal(scores.neurons, other.neurons)
+
+
+def test_bad_calibration_is_refused():
+    model = tiny_model("llama")
+    silent = batch() | {"labels": torch.full((3, 20), -100)}
+    with pytest.raises(ValueError, match="no token to predict"):
+        score(model, [silent], PruneConfig())
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        score(model, [batch()], dataclasses.replace(PruneConfig(), method="stru"))

@@ -1,0 +1,62 @@
+"""Recipes: names, changes, wrong keys and types, and the way through a file."""
+
+import dataclasses
+
+import pytest
+
+from loram.errors import UserError
+from pipelines.recipe import NAMED, flat, resolve, write_recipe
+
+
+def test_changes_are_applied_with_their_types():
+    recipe = resolve("small", ["sft.lr=3e-4", "prune.method=rand", "nf4=false", "align.steps=7"])
+    assert recipe.sft.lr == 3e-4 and recipe.prune.method == "rand"
+    assert recipe.nf4 is False and recipe.align.steps == 7
+    sources = '[{"path": "a.jsonl", "weight": 2}, {"path": "b.parquet"}]'
+    recipe = resolve("small", [f"corpus.sources={sources}", 'compare=["lora","qlora"]'])
+    assert [source.weight for source in recipe.corpus.sources] == [2.0, 1.0]
+    assert recipe.compare == ("lora", "qlora")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("smal", "", "recipe: found 'smal'; accepted: small, test, llama2-13b"),
+        ("small", "sft.lrr=1", "recipe key: found 'sft.lrr'; accepted: .*sft.lr"),
+        ("small", "sft=1", "recipe key: found 'sft'"),
+        ("small", "sft.lr", "argument: found 'sft.lr'; accepted: key=value"),
+        ("small", "sft.lr=fast", 'sft.lr: found "fast"; accepted: a valid number'),
+        ("small", "sft.steps=2.5", "sft.steps: found 2.5; accepted: a valid integer"),
+        ("small", "nf4=1", "nf4: found 1; accepted: a valid boolean"),
+        ("small", "model=3", "model: found 3; accepted: a valid string"),
+        ("small", 'corpus.sources=[{"pth": "x"}]', "corpus.sources.0.p"),
+    ],
+)
+def test_mistakes_are_named(name, change, message):
+    with pytest.raises(UserError, match=message):
+        resolve(name, [change] if change else [])
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_written_recipe_resolves_to_itself(name, tmp_path):
+    recipe = resolve(name, ["sft.seed=3"])
+    write_recipe(recipe, tmp_path / "recipe.json")
+    assert resolve(str(tmp_path / "recipe.json"), []) == recipe
+    changed = resolve(str(tmp_path / "recipe.json"), ["sft.seed=4"])
+    assert changed == dataclasses.replace(recipe, sft=dataclasses.replace(recipe.sft, seed=4))
+
+
+def test_damaged_recipe_files_are_refused(tmp_path):
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        resolve(str(tmp_path / "recipe.json"), [])
+    (tmp_path / "recipe.json").write_text('{"name": "x", "colour": "red"}')
+    with pytest.raises(UserError, match="recipe key: found 'colour'"):
+        resolve(str(tmp_path / "recipe.json"), [])
+
+
+def test_flat_names_are_dotted_and_have_plain_values():
+    names = flat(resolve("llama2-70b", []))
+    assert names["prune.ratio"] == 0.85 and names["sft.lr"] == 1e-3
+    assert all(isinstance(value, int | float | str) for value in names.values())
+    assert flat(resolve("small", [])).keys() == names.keys()
