@@ -1,0 +1,29 @@
+"""Where and how a step runs. It changes speed and memory, not what is computed: never in a key."""
+
+import resource
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """workers: processes that train side by side. cpus_per_worker: also their torch threads.
+    gpus_per_worker: 0 (CPU) or 1. micro_batch: packed rows in one forward pass.
+    gradient_checkpointing: recompute activations in the backward pass, for less memory."""
+
+    workers: int = 1
+    cpus_per_worker: int = 2
+    gpus_per_worker: int = 0
+    micro_batch: int = 4
+    gradient_checkpointing: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+    def peak_memory(self) -> int:
+        """Most bytes this process held: on the GPU if it has one, else resident memory."""
+        if self.gpus_per_worker:
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
