@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.errors import refuse
 from loram.kept import Kept
-from loram.model import pruned_config, read_config
+from loram.model import local, pruned_config, read_config
 from loram.taylor import Scores, random_scores, taylor_scores
 
 METHODS = ("rand", "stru")
@@ -114,13 +114,14 @@ def choose(scores: Scores, config: PreTrainedConfig, prune: PruneConfig) -> Kept
     )
 
 
-def prune(source: Path, out: Path, kept: Kept) -> None:
-    """Write the pruned copy of the model directory `source` to `out`, one shard at a time.
+def prune(source: str | Path, out: Path, kept: Kept) -> None:
+    """Write the pruned copy of `source` (a directory or hub id) to `out`, one shard at a time.
 
     `out` becomes an ordinary model directory with `kept.safetensors` beside the weights. Weights
     keep their dtype; q/k/v biases follow their rows; nothing else of the model changes.
     """
-    source, out = Path(source), Path(out)
+    source, out = local(source), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     config = read_config(source)
     slices = kept.slices(config)
     index, total = {}, 0

@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
 
 from loram.errors import UserError  # noqa: E402

@@ -12,9 +12,9 @@ import torch
 import loram.adapter
 import loram.prune
 from loram.adapter import AdapterConfig, open_adapted
-from loram.data import Packed, batches
 from loram.evaluate import perplexity
 from loram.model import load, local, read_config, save
+from loram.packing import Packed, batches
 from loram.plan import size
 from loram.prune import PruneConfig, choose, copy_companions
 from loram.taylor import Scores, random_scores, taylor_scores
@@ -74,7 +74,7 @@ def prune(
     """Cut the model by its scores; the pruned copy is an ordinary model directory."""
     full = read_config(model)
     kept = choose(Scores.load(scores), full, config)
-    loram.prune.prune(local(model), out, kept)
+    loram.prune.prune(model, out, kept)
     before, after = size(full).total, size(read_config(out)).total
     return {"parameters": before, "pruned_parameters": after, "reduction": before / after}
 

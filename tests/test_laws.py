@@ -35,7 +35,6 @@ def logits(model) -> torch.Tensor:
 def make(family: str, root: Path, cut: PruneConfig = CUT, **changes) -> Kept:
     """Save a full model to root/base and its pruned copy to root/pruned."""
     full = tiny_model(family, **changes)
-    (root / "pruned").mkdir()
     save(full, root / "base")
     kept = choose(random_scores(full.config, cut.seed), full.config, cut)
     prune(root / "base", root / "pruned", kept)
