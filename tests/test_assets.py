@@ -91,6 +91,7 @@ def test_a_crash_leaves_nothing_and_an_old_version_is_replaced(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(assets, "_write_model", lambda out: out.mkdir())
+    monkeypatch.setattr(assets, "_write_tiny_model", lambda out, model: None)
     monkeypatch.setattr(assets, "_write_text", crash)
     with pytest.raises(KeyboardInterrupt):
         assets.prepare(tmp_path)
