@@ -72,9 +72,7 @@ def encode_chat(
         UserError: the tokenizer has no EOS token.
     """
     text, answers = _render(messages, tokenizer)
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
     starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
     special = np.isin(ids, _special_ids(tokenizer))

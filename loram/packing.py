@@ -9,7 +9,7 @@ its own document only.
 
 import bisect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -111,7 +111,9 @@ def write_packed(
             writer = pq.ParquetWriter(out / name, schema, compression="zstd", use_dictionary=False)
         assert writer
         numbers = np.arange(count["rows"], count["rows"] + len(group))
-        columns = [pa.FixedSizeListArray.from_arrays(a.ravel(), type=vector) for a in arrays.values()]
+        columns = [
+            pa.FixedSizeListArray.from_arrays(a.ravel(), type=vector) for a in arrays.values()
+        ]
         writer.write_table(pa.Table.from_arrays([pa.array(numbers), *columns], schema=schema))
         count["rows"] += len(group)
     if writer:
@@ -143,7 +145,7 @@ class Packed:
         """Tokens in a row."""
         return int(self.info["seq_len"])
 
-    def fetch(self, row_ids: np.ndarray) -> dict[str, np.ndarray]:
+    def fetch(self, row_ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The rows asked for, in the order asked for.
 
         Args:
@@ -156,7 +158,7 @@ class Packed:
             IndexError: a row that is not there.
         """
         row_ids = np.asarray(row_ids, np.int64)
-        if len(row_ids) and not (0 <= row_ids.min() and row_ids.max() < self.rows):
+        if len(row_ids) and (row_ids.min() < 0 or row_ids.max() >= self.rows):
             raise IndexError(f"rows {row_ids.min()} to {row_ids.max()} of {self.rows}")
         found = {name: np.empty((len(row_ids), self.seq_len), np.int32) for name in ARRAYS}
         for group in np.unique(row_ids // GROUP):
@@ -197,7 +199,9 @@ def order(rows: int, total: int, seed: int) -> np.ndarray:
     return np.concatenate([*epochs, np.empty(0, np.int64)])[:total].astype(np.int64)
 
 
-def batches(packed: Packed, ids: np.ndarray, size: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    packed: Packed, ids: Sequence[int] | np.ndarray, size: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """The rows `ids` as batches of `size` (the last may be smaller), read one at a time.
 
     Yields:
