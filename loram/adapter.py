@@ -20,7 +20,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA as in the paper's section 4: r 8, alpha 16 (scale alpha / r), dropout 0.05, all linears."""
+    """LoRA of the paper's section 4: r 8, alpha 16 (scale alpha / r), dropout 0.05, all linears."""
 
     r: int = 8
     alpha: int = 16
@@ -109,9 +109,11 @@ def refuse_unless_plain(config: dict) -> None:
         refuse("adapter init_lora_weights", repr(start), "true, false, gaussian, orthogonal")
 
 
-def open_adapted(base: str | Path, adapter: Path, **options) -> PeftModel:
+def open_adapted(
+    base: str | Path, adapter: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> PeftModel:
     """The model `base` with an adapter of its shape on it, for inference; options as in `load`."""
-    return PeftModel.from_pretrained(load(base, **options), adapter).eval()
+    return PeftModel.from_pretrained(load(base, dtype=dtype, device=device), adapter).eval()
 
 
 def merge(base: Path, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:

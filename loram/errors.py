@@ -4,7 +4,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """A mistake in a setting or an input; its text is one line and is all that the user is shown."""
+    """A mistake in a setting or an input; its text is one line, all that the user is shown."""
 
 
 def refuse(setting: str, found: object, accepted: str) -> NoReturn:

@@ -83,9 +83,7 @@ def generate(
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.eos_token_id
-        if tokenizer.pad_token_id is None
-        else tokenizer.pad_token_id,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         **(sampling if temperature > 0 else greedy),
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -100,9 +98,5 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ANSWER"}]
         ending = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
         after = tokenizer(ending.strip(), add_special_tokens=False)["input_ids"]
-        ids |= {
-            i
-            for i in after[:1]
-            if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder
-        }
+        ids |= {i for i in after[:1] if i in tokenizer.added_tokens_decoder}
     return sorted(i for i in ids if i is not None)

@@ -77,7 +77,7 @@ class Kept:
         return slices
 
     def save(self, directory: Path) -> None:
-        """Write `kept.safetensors`: int64 tensors `layers.<i>.kv_heads` and `layers.<i>.neurons`."""
+        """Write `kept.safetensors`: int64 `layers.<i>.kv_heads` and `layers.<i>.neurons`."""
         pairs = enumerate(zip(self.kv_heads, self.neurons, strict=True))
         save_file(
             {

@@ -72,7 +72,11 @@ def local(path: str | Path) -> Path:
     """The directory itself, or the one that a hub id is downloaded to (weights as safetensors)."""
     if Path(path).is_dir():
         return Path(path)
-    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    return Path(
+        snapshot_download(
+            str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+        )
+    )
 
 
 def save(model: PreTrainedModel, directory: Path) -> None:

@@ -53,7 +53,10 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
-    if min(recipe.prune.keep_first, recipe.prune.keep_last) < 0 or whole >= config.num_hidden_layers:
+    if (
+        min(recipe.prune.keep_first, recipe.prune.keep_last) < 0
+        or whole >= config.num_hidden_layers
+    ):
         refuse(
             "prune.keep_first + prune.keep_last",
             f"{recipe.prune.keep_first} + {recipe.prune.keep_last}",
@@ -146,7 +149,7 @@ def check_store(store: Path, config: PreTrainedConfig) -> None:
         probe.unlink()
     except OSError as error:
         refuse("store", f"{store}, not writable ({error.strerror})", "a writable directory")
-    # Pruned, aligned and quantised copies, and two checkpoints of alignment in float32 with moments.
+    # Pruned, aligned and quantised copies, and checkpoints of alignment in float32 with moments.
     needed, free = 15 * size(config).total, shutil.disk_usage(store).free
     if free < needed:
         refuse("store", f"{free / 1e9:.1f} GB free at {store}", f"{needed / 1e9:.1f} GB or more")
@@ -155,5 +158,3 @@ def check_store(store: Path, config: PreTrainedConfig) -> None:
 def _at_least(setting: str, value: int, least: int) -> None:
     if value < least:
         refuse(setting, value, f"{least} or more")
-
-

@@ -79,7 +79,9 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
         "pruned, NF4 in bytes (4.127 bits; embeddings, head and norms in 16 bits)", "", honest
     )
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
-    table.add_row("pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", "")
+    table.add_row(
+        "pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", ""
+    )
     return table
 
 

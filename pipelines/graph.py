@@ -1,6 +1,7 @@
 """The method as a graph: a recipe and the digests of its sources in, steps out."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pipelines import steps
 from pipelines.corpus import CorpusConfig, InstructConfig, build_corpus, build_instruct
@@ -37,25 +38,23 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
     """
     place = recipe.place
     # Training runs in the workers of its own Ray Train job: the step that starts them needs no CPU.
-    light = {"cpus": 0.0}
-    heavy = {"cpus": float(place.cpus_per_worker), "gpus": float(min(place.gpus_per_worker, 1))}
+    light = partial(Step, cpus=0)
+    heavy = partial(Step, cpus=place.cpus_per_worker, gpus=place.gpus_per_worker)
 
     def inputs(chosen: tuple[SourceSpec, ...]) -> dict[str, Source]:
         return {f"source{i}": sources[spec.path] for i, spec in enumerate(chosen)}
 
-    corpus = Step(
+    corpus = light(
         "corpus",
         build_corpus,
         CorpusConfig.of(recipe.corpus, recipe.align.seq_len),
         {"tokenizer": model} | inputs(recipe.corpus.sources),
-        **light,
     )
-    instruct = Step(
+    instruct = light(
         "instruct",
         build_instruct,
         InstructConfig.of(recipe.instruct, recipe.sft.seq_len),
         {"tokenizer": model} | inputs(recipe.instruct.sources),
-        **light,
     )
 
     def held_out(name: str, chosen: tuple[SourceSpec, ...]) -> Step:
@@ -63,7 +62,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
             replace(recipe.instruct, sources=chosen, rows=None, held_out=recipe.evaluate.rows),
             recipe.sft.seq_len,
         )
-        return Step(name, build_instruct, config, {"tokenizer": model} | inputs(chosen), **light)
+        return light(name, build_instruct, config, {"tokenizer": model} | inputs(chosen))
 
     in_domain = instruct
     if recipe.evaluate.in_domain:
@@ -71,7 +70,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
     out_of_domain = held_out("out_of_domain", recipe.evaluate.out_of_domain)
 
     random = recipe.prune.method == "rand"
-    scores = Step(
+    scores = heavy(
         "score",
         steps.score,
         steps.ScoreConfig(
@@ -80,32 +79,31 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
             0 if random else recipe.calibration_rows,
         ),
         {"model": model} if random else {"model": model, "corpus": corpus},
-        **heavy,
     )
     pruned = Step("prune", steps.prune, recipe.prune, {"model": model, "scores": scores})
     small: Step = pruned
     if recipe.align.steps:
         aligned = {"pruned": pruned, "corpus": corpus}
-        small = Step("align", steps.align, recipe.align, aligned, **light)
+        small = light("align", steps.align, recipe.align, aligned)
     if recipe.nf4:
-        small = Step("quantise", steps.quantise, steps.Empty(), {"model": small}, **heavy)
+        small = heavy("quantise", steps.quantise, steps.Empty(), {"model": small})
 
     def sft(name: str, frozen: Step | Source) -> Step:
         config = steps.SftConfig(recipe.sft, recipe.adapter)
-        return Step(name, steps.sft, config, {"model": frozen, "instruct": instruct}, **light)
+        return light(name, steps.sft, config, {"model": frozen, "instruct": instruct})
 
     def evaluate(name: str, frozen: Step | Source, adapter: Step | None = None) -> Step:
         given = {"model": frozen, "in_domain": in_domain, "out_of_domain": out_of_domain}
         if adapter:
             given["adapter"] = adapter
-        return Step(f"evaluate_{name}", steps.evaluate, steps.Empty(), given, **heavy)
+        return heavy(f"evaluate_{name}", steps.evaluate, steps.Empty(), given)
 
     variants = [Variant("base", evaluate("base", model))]
     if "lora" in recipe.compare:
         lora = sft("sft_lora", model)
         variants.append(Variant("LoRA", evaluate("lora", model, lora), lora, model))
     if "qlora" in recipe.compare:
-        nf4 = Step("quantise_full", steps.quantise, steps.Empty(), {"model": model}, **heavy)
+        nf4 = heavy("quantise_full", steps.quantise, steps.Empty(), {"model": model})
         qlora = sft("sft_qlora", nf4)
         variants.append(Variant("QLoRA", evaluate("qlora", nf4, qlora), qlora, nf4))
     adapter = sft("sft", small)

@@ -26,7 +26,7 @@ def draw_losses(results: Sequence[tuple[str, float, float | None]]) -> plt.Figur
 
 
 def draw_curves(curves: dict[str, list[dict[str, Any]]]) -> plt.Figure:
-    """Loss over steps by name of the training step; alignment and SFT apart: other text, other loss."""
+    """Loss over steps, by name of the training step; alignment, on other text, stands apart."""
     panels = [
         (title, chosen)
         for title, chosen in (
@@ -39,12 +39,14 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]]) -> plt.Figure:
         1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False
     )
     for axes, (title, chosen) in zip(grid[0], panels, strict=True):
-        for (name, lines), colour in zip(chosen.items(), plt.cm.tab10.colors, strict=False):
+        for number, (name, lines) in enumerate(chosen.items()):
             for key, style in (("loss", "-"), ("held_out_loss", "o--")):
                 points = [(x["step"], x[key]) for x in lines if key in x]
                 if points:
                     label = name if key == "loss" else f"{name}, held out"
-                    axes.plot(*zip(*points, strict=True), style, color=colour, label=label, ms=4)
+                    axes.plot(
+                        *zip(*points, strict=True), style, color=f"C{number}", label=label, ms=4
+                    )
         axes.set_title(title)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss (nats per trained token)")

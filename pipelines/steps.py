@@ -3,7 +3,6 @@
 Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that prepare data.
 """
 
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def score(
         return {}
     packed = Packed(corpus / "train")
     rows = range(min(config.rows, packed.rows))
-    full = load(model, dtype=torch.float32, device=_device(place))
+    full = load(model, dtype=torch.float32, device=place.device)
     with _autocast(place):
         scores = taylor_scores(full, batches(packed, rows, place.micro_batch))
     scores.save(out)
@@ -102,11 +101,9 @@ def align(
     )
 
 
-def quantise(
-    config: Empty, *, model: Path | str, out: Path, work: Path, place: Place
-) -> Metrics:
+def quantise(config: Empty, *, model: Path | str, out: Path, work: Path, place: Place) -> Metrics:
     """NF4 with double quantisation, after alignment (paper, section 3.3)."""
-    save(load(model, nf4=True, device=_device(place)), out)
+    save(load(model, nf4=True, device=place.device), out)
     copy_companions(local(model), out)
     return {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
 
@@ -161,28 +158,20 @@ def evaluate(
     place: Place,
 ) -> Metrics:
     """Loss in nats a trained token and perplexity on held-out rows, in and out of domain."""
-    options = {"device": _device(place)}
-    opened = open_adapted(model, adapter, **options) if adapter else load(model, **options).eval()
+    opened = (
+        open_adapted(model, adapter, device=place.device)
+        if adapter
+        else load(model, device=place.device)
+    )
     metrics: Metrics = {}
     for domain, path in (("in_domain", in_domain), ("out_of_domain", out_of_domain)):
         packed = Packed(path / "held_out")
         rows = batches(packed, range(packed.rows), place.micro_batch)
         found = perplexity(opened, rows)
         metrics |= {f"{domain}_{name}": value for name, value in found.items()}
-    metrics["peak_memory_bytes"] = peak_memory(place)
+    metrics["peak_memory_bytes"] = place.peak_memory()
     return metrics
 
 
-def peak_memory(place: Place) -> int:
-    """Most bytes this process held: on the GPU if it has one, else resident memory."""
-    if place.gpus_per_worker:
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _device(place: Place) -> str:
-    return "cuda" if place.gpus_per_worker else "cpu"
-
-
 def _autocast(place: Place) -> torch.autocast:
-    return torch.autocast(_device(place), dtype=torch.bfloat16)
+    return torch.autocast(place.device, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ ASSETS = home() / "assets"
 
 @pytest.fixture
 def refused(capsys, tmp_path):
-    """Run the main job with `test key=value ...` and return the one line that it was refused with."""
+    """Run the main job with `test key=value ...`; the one line that it was refused with."""
 
     def run(*changes: str) -> str:
         started = time.monotonic()
@@ -47,7 +47,7 @@ def refused(capsys, tmp_path):
         ("align.global_batch=6", "align.global_batch"),
         ("sft.steps=0", "sft.steps"),
         ("sft.lr=-1", "sft.lr"),
-        ("compare=[\"dora\"]", "lora, qlora"),
+        ('compare=["dora"]', "lora, qlora"),
         ("place.gpus_per_worker=8", "8 GPUs"),
         ("place.cpus_per_worker=4096", "4096 CPUs"),
         ("model=no/such-model-anywhere", "no/such-model-anywhere"),

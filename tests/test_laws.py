@@ -155,9 +155,7 @@ def bias_not_cut(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "fault", [folded_groups, complement_mask, rows_for_columns, bias_not_cut]
-)
+@pytest.mark.parametrize("fault", [folded_groups, complement_mask, rows_for_columns, bias_not_cut])
 def test_golden_law_notices(fault, family, tmp_path, monkeypatch):
     if fault is bias_not_cut and family == "mistral":
         return  # Mistral has no biases
@@ -179,7 +177,9 @@ def test_nf4_law(family, tmp_path):
     zero_pruned_(full, kept)
     slices = kept.slices(full.config)
     with torch.no_grad():
-        for name, module in load(tmp_path / "pruned", dtype=torch.float32, nf4=True).named_modules():
+        for name, module in load(
+            tmp_path / "pruned", dtype=torch.float32, nf4=True
+        ).named_modules():
             if type(module).__name__ == "Linear4bit":
                 weight = bnb.dequantize_4bit(module.weight, module.weight.quant_state).float()
                 weight = slices[name].put(weight) if name in slices else weight

@@ -27,7 +27,9 @@ def test_the_readme_runs_as_printed(tmp_path):
     # The tiny model has four layers: nothing of it would be pruned with six kept whole.
     code = code.replace("ratio=0.65", "ratio=0.5, keep_first=1, keep_last=1")
     code += "\nimport sys; assert not {'ray', 'mlflow'} & set(sys.modules), 'Ray in a notebook'\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["1", "2", "3", "4"]
     with torch.no_grad():
@@ -62,5 +64,3 @@ def test_stock_peft_and_trainer_train_the_small_model(tmp_path):
     recover(tmp_path / "adapter", tmp_path / "pruned", TINY, tmp_path / "recovered")
     base = AutoModelForCausalLM.from_pretrained(TINY)
     assert PeftModel.from_pretrained(base, tmp_path / "recovered")(IDS).logits.isfinite().all()
-
-

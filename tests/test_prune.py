@@ -1,4 +1,4 @@
-"""The size rule, the choice of groups, and Taylor scores against a reference that asks the model."""
+"""The size rule, the choice of groups, and Taylor scores against their definition."""
 
 import dataclasses
 
@@ -79,7 +79,9 @@ def test_taylor_scores(family):
     model.requires_grad_(True)
     data = batch()
     logits = model(input_ids=data["input_ids"], position_ids=data["position_ids"]).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten()
+    )
     loss.backward()
     for i, layer in enumerate(model.model.layers):
         attn, mlp = layer.self_attn, layer.mlp
@@ -88,7 +90,9 @@ def test_taylor_scores(family):
             return (linear.weight * linear.weight.grad).detach().abs()
 
         for kv in range(config.num_key_value_heads):
-            expected = sum(saliency(x)[kv * dim : kv * dim + dim].sum() for x in (attn.k_proj, attn.v_proj))
+            expected = sum(
+                saliency(x)[kv * dim : kv * dim + dim].sum() for x in (attn.k_proj, attn.v_proj)
+            )
             for q in range(kv * group, kv * group + group):
                 rows = slice(q * dim, q * dim + dim)
                 expected += saliency(attn.q_proj)[rows].sum() + saliency(attn.o_proj)[:, rows].sum()

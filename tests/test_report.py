@@ -32,7 +32,9 @@ def test_small_gain_is_said_to_mean_nothing():
 def test_headline_names_do_not_depend_on_the_variant():
     names = headline(ROWS)
     assert names["large_loss"] == 1.8 and names["base_loss"] == 2.0
-    other = headline([replace(row, label=row.label.replace("QLoRAM-Stru", "LoRAM-Rand")) for row in ROWS])
+    other = headline(
+        [replace(row, label=row.label.replace("QLoRAM-Stru", "LoRAM-Rand")) for row in ROWS]
+    )
     assert names.keys() == other.keys()
 
 
@@ -50,7 +52,7 @@ def test_page_holds_everything_and_loads_nothing(tmp_path):
     page = (tmp_path / "report.html").read_text()
     for text in ("QLoRAM-Stru, large", "40 %", "&lt;small&gt;", "0123456789ab", "torch", "sft.lr"):
         assert text in page
-    assert "http://" not in page.replace("http://www.w3.org", "") and "src=\"data:" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and 'src="data:' in page
     assert json.loads((tmp_path / "table.json").read_text())[2]["share"] == 0.4
     for name in ("losses", "curves"):
         assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"

@@ -1,0 +1,66 @@
+"""From a shell: `python -m loram recover | merge | generate`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from loram.adapter import merge, open_adapted, recover
+from loram.errors import UserError, refuse
+from loram.evaluate import generate
+from loram.model import load, load_tokenizer
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loram", description="LoRAM without a pipeline."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser(
+        "recover", help="re-shape an adapter of a pruned model for the full one"
+    )
+    verb.add_argument("adapter", type=Path)
+    verb.add_argument("pruned", type=Path, help="the pruned model directory")
+    verb.add_argument("base", help="the full model, a directory or a hub id")
+    verb.add_argument("out", type=Path)
+    verb = verbs.add_parser("merge", help="write a model with the adapter added to its weights")
+    verb.add_argument("base")
+    verb.add_argument("adapter", type=Path)
+    verb.add_argument("out", type=Path)
+    verb = verbs.add_parser("generate", help="answer one question")
+    verb.add_argument("base")
+    verb.add_argument("question")
+    verb.add_argument("--adapter", type=Path)
+    verb.add_argument("--max-new-tokens", type=int, default=256)
+    options = parser.parse_args(words)
+    try:
+        if options.verb == "generate":
+            model = (
+                open_adapted(options.base, _adapter(options.adapter))
+                if options.adapter
+                else load(options.base)
+            )
+            messages = [{"role": "user", "content": options.question}]
+            tokenizer = load_tokenizer(options.base)
+            print(generate(model, tokenizer, messages, max_new_tokens=options.max_new_tokens))
+            return 0
+        if options.out.exists():
+            refuse("out", f"{options.out}, which exists", "a directory to be made")
+        if options.verb == "recover":
+            recover(_adapter(options.adapter), options.pruned, options.base, options.out)
+        else:
+            merge(options.base, _adapter(options.adapter), options.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _adapter(path: Path) -> Path:
+    if not (path / "adapter_config.json").is_file():
+        refuse("adapter", f"{path} without adapter_config.json", "a PEFT adapter directory")
+    return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,25 @@
+"""Measurements, one command each; every result is printed and kept as a line of results.jsonl."""
+
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+
+
+def keep(name: str, **values: object) -> None:
+    """Print a result and append it to results.jsonl, with the command, the date and the machine."""
+    line = {
+        "benchmark": name,
+        **values,
+        "command": "python -m "
+        + " ".join([f"tests.benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+    }
+    text = json.dumps(line)
+    print(text, flush=True)
+    with RESULTS.open("a") as file:
+        file.write(text + "\n")
