@@ -1,10 +1,16 @@
 """The method as a graph: a recipe and the digests of its sources in, steps out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from pipelines import steps
-from pipelines.corpus import CorpusConfig, InstructConfig, build_corpus, build_instruct
+from pipelines.corpus import (
+    CorpusConfig,
+    InstructConfig,
+    build_corpus,
+    build_instruct,
+    readings,
+)
 from pipelines.recipe import Recipe
 from pipelines.sources import SourceSpec
 from pipelines.step import Source, Step
@@ -47,27 +53,37 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
     corpus = light(
         "corpus",
         build_corpus,
-        CorpusConfig.of(recipe.corpus, recipe.align.seq_len),
+        CorpusConfig(
+            readings(recipe.corpus.sources),
+            recipe.corpus.rows,
+            recipe.corpus.held_out,
+            recipe.align.seq_len,
+            recipe.corpus.max_bad_share,
+            recipe.corpus.seed,
+        ),
         {"tokenizer": model} | inputs(recipe.corpus.sources),
     )
-    instruct = light(
-        "instruct",
-        build_instruct,
-        InstructConfig.of(recipe.instruct, recipe.sft.seq_len),
-        {"tokenizer": model} | inputs(recipe.instruct.sources),
-    )
 
-    def held_out(name: str, chosen: tuple[SourceSpec, ...]) -> Step:
-        config = InstructConfig.of(
-            replace(recipe.instruct, sources=chosen, rows=None, held_out=recipe.evaluate.rows),
+    def conversations(
+        name: str, chosen: tuple[SourceSpec, ...], rows: int | None, held_out: int
+    ) -> Step:
+        config = InstructConfig(
+            readings(chosen),
+            rows,
+            held_out,
             recipe.sft.seq_len,
+            recipe.instruct.max_bad_share,
+            recipe.instruct.seed,
         )
         return light(name, build_instruct, config, {"tokenizer": model} | inputs(chosen))
 
+    rows, held_out = recipe.instruct.rows, recipe.instruct.held_out
+    instruct = conversations("instruct", recipe.instruct.sources, rows, held_out)
+    rows = recipe.evaluate.rows
     in_domain = instruct
     if recipe.evaluate.in_domain:
-        in_domain = held_out("in_domain", recipe.evaluate.in_domain)
-    out_of_domain = held_out("out_of_domain", recipe.evaluate.out_of_domain)
+        in_domain = conversations("in_domain", recipe.evaluate.in_domain, rows, rows)
+    out_of_domain = conversations("out_of_domain", recipe.evaluate.out_of_domain, rows, rows)
 
     random = recipe.prune.method == "rand"
     scores = heavy(

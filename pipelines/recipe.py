@@ -93,7 +93,11 @@ def small() -> Recipe:
     return Recipe(
         name="small",
         model=asset(MODEL),
-        corpus=Corpus((SourceSpec(asset("c4.jsonl")), SourceSpec(asset("wiki.txt"))), 150, 16),
+        corpus=Corpus(
+            (SourceSpec(asset("c4.jsonl"), weight=4.0), SourceSpec(asset("wiki.txt"))),
+            rows=150,
+            held_out=16,
+        ),
         instruct=Instruct((SourceSpec(asset("gsm_train.jsonl")),), held_out=64),
         evaluate=Evaluate(
             in_domain=(SourceSpec(asset("gsm_test.jsonl")),),
@@ -135,7 +139,7 @@ def paper(name: str, model: str, **changes: Any) -> Recipe:
                 SourceSpec("hf://datasets/open-web-math/open-web-math/data", share=0.1),
             )
         ),
-        instruct=Instruct((SourceSpec("hf://datasets/teknium/OpenHermes-2.5"),)),
+        instruct=Instruct((SourceSpec("hf://datasets/teknium/OpenHermes-2.5@~parquet"),)),
         evaluate=Evaluate(out_of_domain=(SourceSpec("hf://datasets/tatsu-lab/alpaca/data"),)),
         align=TrainConfig(steps=200, lr=5e-5),
         nf4=True,
