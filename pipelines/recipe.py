@@ -235,10 +235,13 @@ def _validated(settings: dict[str, Any]) -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(settings), strict=True, extra="forbid")
     except ValidationError as failure:
-        error = failure.errors()[0]
+        unknown = "unexpected_keyword_argument"
+        error = min(failure.errors(), key=lambda e: e["type"] != unknown)
         key = ".".join(str(part) for part in error["loc"])
-        if error["type"] == "unexpected_keyword_argument":
+        if error["type"] == unknown:
             refuse("recipe key", repr(key), "a key of the recipe")
+        if error["type"] == "missing":
+            refuse(key, "nothing", "a value")
         refuse(key, json.dumps(error["input"]), error["msg"].removeprefix("Input should be "))
 
 
