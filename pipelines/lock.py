@@ -5,8 +5,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from loram.errors import refuse
-
 
 @dataclass(frozen=True)
 class Lock:
@@ -30,7 +28,7 @@ def try_lock(path: Path, *, shared: bool = False) -> Lock | None:
     Linux 2.6.12), hosts. The file stays behind: removing it would let two holders each lock one.
 
     Raises:
-        UserError: the file system has no locks.
+        OSError: the file system has no locks, or the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -39,7 +37,7 @@ def try_lock(path: Path, *, shared: bool = False) -> Lock | None:
     except BlockingIOError:
         os.close(file)
         return None
-    except OSError as error:
+    except OSError:
         os.close(file)
-        refuse("store", f"{path}: {error.strerror}", "a file system with flock")
+        raise
     return Lock(file)

@@ -45,8 +45,16 @@ class Store:
         return self.root / "work" / slug
 
     def lock(self, slug: str, *, shared: bool = False) -> Lock | None:
-        """The entry's lock, or None while another holder is in the way."""
-        return try_lock(self.root / "locks" / slug, shared=shared)
+        """The entry's lock, or None while another holder is in the way.
+
+        Raises:
+            UserError: the store cannot be written, or its file system has no locks.
+        """
+        try:
+            return try_lock(self.root / "locks" / slug, shared=shared)
+        except OSError as error:
+            found = f"{self.root} ({error.strerror})"
+            refuse("store", found, "a directory that can be written, on a file system with flock")
 
     def slugs(self) -> list[str]:
         """All entries, intact or not."""
@@ -173,15 +181,13 @@ def clean(store: Store, unused_days: float | None) -> list[str]:
                 chosen.append((slug, store.entry(slug)))
     removed = []
     for slug, path in chosen:
-        lock = store.lock(slug)
-        if lock is None:
-            continue
-        if path == store.entry(slug):
-            store.discard(slug)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-        lock.release()
-        removed.append(str(path.relative_to(store.root)))
+        if lock := store.lock(slug):
+            if path == store.entry(slug):
+                store.discard(slug)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            lock.release()
+            removed.append(str(path.relative_to(store.root)))
     return removed
 
 
@@ -189,13 +195,8 @@ def listing(store: Store) -> list[str]:
     """One line an entry: its slug, bytes, days since its last use, and whether a run uses it."""
     lines = [f"{'entry':40} {'MB':>10} {'unused days':>12}"]
     for slug in store.slugs():
-        path = store.entry(slug) / RECORD
-        try:
-            size = sum(file["size"] for file in store.record(slug)["files"].values()) / 1e6
-            days = (time.time() - path.stat().st_mtime) / 86_400
-        except (OSError, ValueError, KeyError, TypeError):
-            lines.append(f"{slug:40} {'unreadable':>10}")
-            continue
+        size = sum(p.stat().st_size for p in store.entry(slug).rglob("*") if p.is_file()) / 1e6
+        days = (time.time() - (store.entry(slug) / RECORD).stat().st_mtime) / 86_400
         lock = store.lock(slug)
         if lock:
             lock.release()
@@ -218,11 +219,12 @@ def main(words: list[str] | None = None) -> int:
     store = Store((options.store or home() / "store").absolute())
     try:
         if options.verb == "list":
-            print("\n".join(listing(store)))
+            lines = listing(store)
         elif options.verb == "remove":
-            print("\n".join(f"removed {slug}" for slug in remove(store, options.entry)))
+            lines = [f"removed {slug}" for slug in remove(store, options.entry)]
         else:
-            print("\n".join(f"removed {path}" for path in clean(store, options.unused_days)))
+            lines = [f"removed {path}" for path in clean(store, options.unused_days)]
+        print("\n".join(lines))
     except UserError as error:
         print(error)
         return 1

@@ -260,8 +260,9 @@ def test_store_that_cannot_be_used_is_refused_at_once(
         assert database.execute("select count(*) from sqlite_master").fetchone() == (0,)
 
 
-def test_driver_does_not_import_mlflow() -> None:
-    code = "import sys, pipelines.tracking; sys.exit('mlflow' in sys.modules)"
+@pytest.mark.parametrize(("one", "other"), [("tracking", "mlflow"), ("sender", "torch")])
+def test_neither_process_carries_the_libraries_of_the_other(one: str, other: str) -> None:
+    code = f"import sys, pipelines.{one}; sys.exit('{other}' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
     )
