@@ -84,7 +84,7 @@ def _turns(row: Mapping[str, Any], column: str, role_key: str, text_key: str) ->
         if not isinstance(turn, dict):
             raise ValueError(f"a turn in {column!r} is no object")
         role, text = turn.get(role_key), turn.get(text_key)
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"role {role!r}, not one of {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": _text(text, f"{text_key!r} of a turn")})
     return messages

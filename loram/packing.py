@@ -8,6 +8,7 @@ its own document only.
 """
 
 import bisect
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,27 +51,30 @@ def cut(documents: Iterable[Document], seq_len: int) -> Iterator[Row]:
 def best_fit(documents: Iterable[Document], seq_len: int, open_rows: int = 1024) -> Iterator[Row]:
     """Whole documents into rows of at most `seq_len` tokens; for conversations.
 
-    A document goes into the open row that it fills best. Where all are too full and `open_rows`
-    are open, the fullest is closed: memory does not grow with the number of documents.
+    Of every `open_rows` documents the longest goes first, into the open row that it fills best.
+    Where none has room and `open_rows` are open, the fullest is closed: memory does not grow with
+    the number of documents.
 
     Args:
         documents: each of at most `seq_len` tokens.
     """
     rows: list[tuple[int, int, Row]] = []  # (free tokens, number, documents), fullest first
-    for number, document in enumerate(documents):
-        length = len(document.ids)
-        place = bisect.bisect_left(rows, (length, -1))
-        if place < len(rows):
-            free, opened, row = rows.pop(place)
-        else:
-            free, opened, row = seq_len, number, []
-            if len(rows) == open_rows:
-                yield rows.pop(0)[2]
-        row.append(document)
-        if free == length:
-            yield row
-        else:
-            bisect.insort(rows, (free - length, opened, row))
+    stream, number = iter(documents), 0
+    while window := list(itertools.islice(stream, open_rows)):
+        for document in sorted(window, key=lambda one: -len(one.ids)):
+            length = len(document.ids)
+            place = bisect.bisect_left(rows, (length, -1))
+            if place < len(rows):
+                free, opened, row = rows.pop(place)
+            else:
+                free, opened, row, number = seq_len, number, [], number + 1
+                if len(rows) == open_rows:
+                    yield rows.pop(0)[2]
+            row.append(document)
+            if free == length:
+                yield row
+            else:
+                bisect.insort(rows, (free - length, opened, row))
     for _, _, row in sorted(rows, key=lambda entry: entry[1]):
         yield row
 
@@ -95,7 +99,8 @@ def write_packed(
     schema = pa.schema([("row", pa.int64()), *((name, vector) for name in ARRAYS)])
     count = dict.fromkeys(("rows", "tokens", "trained_tokens", "documents", "truncated"), 0)
     writer: pq.ParquetWriter | None = None
-    for group in _groups(rows):
+    stream = iter(rows)
+    while group := list(itertools.islice(stream, GROUP)):
         arrays = {name: np.zeros((len(group), seq_len), np.int32) for name in ARRAYS}
         for index, row in enumerate(group):
             ids, labels, position_ids = (arrays[name][index] for name in ARRAYS)
@@ -210,17 +215,6 @@ def batches(
     for start in range(0, len(ids), size):
         batch = packed.fetch(ids[start : start + size])
         yield {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
-
-
-def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    group: list[Row] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _fill(

@@ -40,7 +40,7 @@ QWEN3 = (  # thoughts are dropped from all answers but the last, which gets an e
     "{% if m.role == 'assistant' %}"
     "{% set thought = '' %}{% set content = m.content %}"
     "{% if '</think>' in content %}"
-    "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{% if loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
     "{{ content }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
