@@ -26,6 +26,8 @@ class Console:
 
     def __init__(self) -> None:
         self.terminal = Terminal(highlight=False)
+        if not self.terminal.is_terminal:
+            self.terminal.width = 140  # a log has no width of its own; the table needs this
         self.progress = Progress(
             TextColumn("  {task.description:12}"),
             BarColumn(24),
@@ -62,7 +64,7 @@ class Console:
             "finished": f"done in {event.seconds:.1f} s",
             "failed": f"failed after {event.seconds:.1f} s: {event.text}",
         }[event.kind]
-        self.terminal.print(f"  {name:18} {step.key[:12]}  {line}", markup=False)
+        self.terminal.print(f"  {name:18} {step.key[:12]}  {line}", markup=False, soft_wrap=True)
         with self.lock:
             train = step.config.train if isinstance(step.config, SftConfig) else step.config
             if event.kind == "started" and hasattr(train, "steps"):

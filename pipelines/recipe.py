@@ -113,7 +113,7 @@ def small() -> Recipe:
 def test() -> Recipe:
     """Seconds, on a random model with two small layers: for tests and for trying things out."""
     recipe = small()
-    train = TrainConfig(steps=4, lr=1e-3, global_batch=4, seq_len=128, warmup_steps=1, eval_every=2)
+    train = TrainConfig(steps=4, lr=1e-3, global_batch=4, seq_len=256, warmup_steps=1, eval_every=2)
     return dataclasses.replace(
         recipe,
         name="test",
