@@ -1,6 +1,7 @@
 """Next-token loss that never holds the logits of a whole batch, which can outweigh the model."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         need = ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grads = []
@@ -69,7 +70,7 @@ class _FrozenHead(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (hidden_grad,) = ctx.saved_tensors
         return None, hidden_grad * grad.to(hidden_grad.dtype), None
 

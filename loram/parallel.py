@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -105,6 +105,8 @@ def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
     """Everything a step changes, under the parameters' names."""
     if isinstance(module, DistributedDataParallel):
         module = module.module
+    if isinstance(module, FSDPModule):
+        module.reshard()  # after an evaluation the outermost weights are still whole
     tensors: dict[str, Tensor] = {}
     for name, weight in module.named_parameters():
         if weight.requires_grad:

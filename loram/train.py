@@ -11,7 +11,7 @@ model.save_pretrained("adapter")
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,7 +194,7 @@ def _seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
-def _synced(module: nn.Module, last: bool):
+def _synced(module: nn.Module, last: bool) -> AbstractContextManager[None]:
     """DDP exchanges gradients with the last micro-batch only. FSDP2 does so every time: holding
     whole gradients between micro-batches would cost the memory that it is used to save."""
     if isinstance(module, DistributedDataParallel) and not last:
