@@ -1,83 +1,51 @@
-"""Data steps on Ray Data: choose rows, tokenise, pack, and set aside what is malformed.
+"""Data steps on Ray Data: choose rows, tokenise them, pack them, set aside what is malformed.
 
-Rows are ranked by a hash of (seed, source, file, row) and the lowest are taken, in the order of
-their ranks: exactly as many as asked for, the same ones whatever the number of workers, and in a
-random order. A file is read by one task, row by row; sorting is Ray Data's, which spills to disk;
-packing is one pass that holds the rows it is filling.
+First all rows are numbered, which reads no more than headers of parquet files and the line ends of
+others; `sample.py` says which ones are taken. Then tasks read these and tokenise them, in whatever
+order they finish; `spool.py` puts the documents into the order of their ranks. Packing is one pass.
+What comes out does not depend on the number of workers.
 """
 
 import json
+import logging
+import shutil
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
-from transformers import PreTrainedTokenizerBase
 
-from loram.data import Document, encode_chat, encode_text
+from loram.data import Document, end_of_text
 from loram.errors import UserError, refuse
-from loram.formats import detect, to_messages
 from loram.model import load_tokenizer
-from loram.packing import best_fit, cut, scatter, write_packed
+from loram.packing import best_fit, cut, write_packed
+from pipelines.execute import CURVE
 from pipelines.place import Place
-from pipelines.sources import SourceSpec, files, is_text, lines
+from pipelines.sample import (
+    Config,
+    CorpusConfig,
+    InstructConfig,
+    Sample,
+    first,
+    lowest,
+    quotas,
+    with_spares,
+)
+from pipelines.sources import File, SourceSpec, choose_files, digest, find_form, list_files
+from pipelines.spool import SCHEMA, read_spool, write_spool
 from pipelines.step import Metrics
+from pipelines.tokenise import number, read, tokenise
 
 REJECTS = "rejects.jsonl"
-BLOCK = 512  # rows that a task hands on at a time
-SCHEMA = pa.schema(
-    [
-        *((name, pa.int64()) for name in ("rank", "source", "file", "line")),
-        ("ids", pa.list_(pa.int32())),
-        ("trained", pa.list_(pa.bool_())),
-        ("truncated", pa.bool_()),
-        ("reason", pa.string()),  # why there is no document; empty for a good row
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a source is read: a `SourceSpec` without its path, which is no part of a step's key."""
-
-    weight: float
-    text: str
-    share: float
-
-
-def readings(sources: Iterable[SourceSpec]) -> tuple[Reading, ...]:
-    """The identity of the sources; their content enters the key through the step's inputs."""
-    return tuple(Reading(source.weight, source.text, source.share) for source in sources)
-
-
-@dataclass(frozen=True)
-class CorpusConfig:
-    """rows: documents, split over the sources by weight. held_out: packed rows not trained on."""
-
-    sources: tuple[Reading, ...]
-    rows: int
-    held_out: int
-    seq_len: int
-    max_bad_share: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class InstructConfig:
-    """rows: conversations, None for all. held_out: of those, the ones kept from training; as many
-    as `rows` makes a set for evaluation alone, of fewer rows if there are not so many."""
-
-    sources: tuple[Reading, ...]
-    rows: int | None
-    held_out: int
-    seq_len: int
-    max_bad_share: float
-    seed: int
+BLOCK_BYTES = 1 << 22  # of text that one task tokenises
+READERS = 2  # files read at a time
+EVERY_S = 2.0  # a line of progress
 
 
 def build_corpus(
@@ -85,21 +53,23 @@ def build_corpus(
 ) -> Metrics:
     """Documents of general text -> out/train and out/held_out, packed without padding.
 
+    No document is in both. Malformed rows go to out/rejects.jsonl.
+
+    Args:
+        tokenizer: model directory or hub id.
+        sources: source0, source1, ...: their paths, in the order of the config's.
+
     Raises:
-        UserError: too few good rows, or too many bad ones.
+        UserError: too few good rows, too many malformed ones (named in work/rejects.jsonl), a
+            damaged file, or a source that is not what its digest says.
     """
-    found = _Found(work / REJECTS, list(sources.values()))
-    limits = _limits(config, sources, found)
-    found.judge(config.max_bad_share, "corpus")
-    documents = _documents(_read(config, sources, tokenizer, limits), None)
-    pack = partial(write_packed, seq_len=config.seq_len, pad_id=_pad(tokenizer))
-    # The document at the boundary is not continued in the training part.
+    pack = partial(write_packed, seq_len=config.seq_len, pad_id=_pad_id(tokenizer))
+    documents, rejected = _encoded(config, "corpus", tokenizer, list(sources.values()), work)
     held_out = pack(out / "held_out", islice(cut(documents, config.seq_len), config.held_out))
-    train = pack(out / "train", cut(documents, config.seq_len), rejected=found.bad)
+    train = pack(out / "train", cut(documents, config.seq_len), rejected=rejected)
     if not train["rows"]:
         refuse("corpus.held_out", f"{config.held_out}, which leaves nothing to train on", "fewer")
-    found.keep(out)
-    return _metrics(train, held_out)
+    return _finished(train, held_out, out, work)
 
 
 def build_instruct(
@@ -107,188 +77,170 @@ def build_instruct(
 ) -> Metrics:
     """Conversations -> out/train and out/held_out, packed whole by best fit.
 
-    Raises:
-        UserError: too few good rows, or too many bad ones.
+    Arguments and errors as for `build_corpus`.
     """
-    found = _Found(work / REJECTS, list(sources.values()))
-    documents = _documents(_read(config, sources, tokenizer, None), found)
-    pack = partial(write_packed, seq_len=config.seq_len, pad_id=_pad(tokenizer))
+    pack = partial(write_packed, seq_len=config.seq_len, pad_id=_pad_id(tokenizer))
+    documents, rejected = _encoded(config, "instruct", tokenizer, list(sources.values()), work)
     chosen = islice(documents, config.held_out)
     held_out = pack(out / "held_out", best_fit(chosen, config.seq_len))
-    rest = islice(documents, None if config.rows is None else config.rows - config.held_out)
-    train = pack(out / "train", best_fit(rest, config.seq_len))
-    for _ in documents:
-        pass  # the rest is looked at as well, so that the count of bad rows is of all rows
-    found.judge(config.max_bad_share, "instruct")
-    evaluation = config.rows == config.held_out
-    if not evaluation and (not train["rows"] or found.good < (config.rows or 0)):
-        asked = f"{config.rows or 'all'} rows with {config.held_out} held out"
-        refuse("instruct.rows", f"{asked} of {found.good} good ones", "fewer")
-    found.keep(out)
-    return _metrics(train, held_out)
+    train = pack(out / "train", best_fit(documents, config.seq_len), rejected=rejected)
+    if not train["rows"] and config.rows != config.held_out:
+        refuse("instruct.held_out", f"{config.held_out}, which leaves nothing to train on", "fewer")
+    return _finished(train, held_out, out, work)
 
 
-@dataclass
-class _Found:
-    """Counts good and bad rows, and writes the bad ones down as they come."""
-
-    path: Path
-    urls: list[str]
-    good: int = 0
-    bad: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def reject(self, row: dict[str, Any]) -> None:
-        self.bad += 1
-        source = self.urls[row["source"]]
-        line = {"source": source, "file": row["file"], "line": row["line"], "reason": row["reason"]}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def judge(self, allowed: float, setting: str) -> None:
-        share = self.bad / max(self.good + self.bad, 1)
-        if share > allowed:
-            refuse(
-                f"{setting}.max_bad_share",
-                f"{self.bad} malformed of {self.good + self.bad} rows ({share:.1%}; {self.path})",
-                f"at most {allowed:.1%}",
-            )
-
-    def keep(self, out: Path) -> None:
-        if self.bad:
-            (out / REJECTS).write_bytes(self.path.read_bytes())
-
-
-Config = CorpusConfig | InstructConfig
-
-
-def _read(
-    config: Config, sources: dict[str, str], tokenizer: str, limits: list[int] | None
-) -> Iterator[dict[str, Any]]:
-    """All rows with a rank up to their source's limit, encoded, in the order of their ranks."""
-    dataset = _dataset(config, sources, tokenizer, limits)
-    return dataset.sort(["rank", "source", "file", "line"]).iter_rows()
+def _encoded(
+    config: Config, setting: str, tokenizer: str, paths: list[str], work: Path
+) -> tuple[Iterator[Document], int]:
+    """The documents asked for, in the order of their ranks, and how many rows were malformed."""
+    chat = isinstance(config, InstructConfig)
+    specs, files, forms = [], [], []
+    for place, (path, reading) in enumerate(zip(paths, config.sources, strict=True)):
+        spec = SourceSpec(path, reading.weight, reading.text, reading.share)
+        if digest(spec, None) != reading.digest:
+            refuse("source", f"{path}, changed since the run began", "what it was; run again")
+        specs.append(spec)
+        files.append(choose_files(list_files(path), spec.share, config.seed, place))
+        forms.append(find_form(files[place], spec, setting, chat=chat))
+    limits = quotas(config.rows, [spec.weight for spec in specs], f"{setting}.rows")
+    spares = [with_spares(limit, config.max_bad_share) for limit in limits]
+    sample = lowest(_numbered(files, config.seed, spares), spares)
+    for place, path in enumerate(paths):
+        _check_count(config, setting, path, int((sample.source == place).sum()), limits[place])
+    (work / REJECTS).unlink(missing_ok=True)
+    shutil.rmtree(work / "spool", ignore_errors=True)
+    good = np.ones(len(sample), bool)
+    tables = _tokenised(files, forms, sample, tokenizer, config.seq_len if chat else None)
+    write_spool(_watched(tables, sample, files, good, work), work / "spool")
+    for place, path in enumerate(paths):
+        rows = good[sample.source == place]
+        bad, share = int((~rows).sum()), 1 - rows.mean()
+        if share > config.max_bad_share:
+            found = f"{bad} malformed of {len(rows)} rows of {path} ({share:.1%}), listed in"
+            accepted = f"at most {config.max_bad_share:.1%}"
+            refuse(f"{setting}.max_bad_share", f"{found} {work / REJECTS}", accepted)
+        _check_count(config, setting, path, int(rows.sum()), limits[place])
+    used = first(good, sample, limits)
+    documents = (document for place, document in read_spool(work / "spool") if used[place])
+    return documents, int((~good).sum())
 
 
-def _dataset(
-    config: Config, sources: dict[str, str], tokenizer: str | None, limits: list[int] | None
-) -> ray.data.Dataset:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
+def _check_count(config: Config, setting: str, path: str, rows: int, limit: int | None) -> None:
+    """Refuse a source with fewer rows than asked of it; for evaluation alone, one with none."""
+    wanted = limit or 1
+    if isinstance(config, InstructConfig) and config.rows == config.held_out:
+        wanted = 1
+    if rows < wanted:
+        found = f"{limit or 'all'} rows from {path}, which has {rows} good ones"
+        refuse(f"{setting}.rows", found, "no more than there are")
+
+
+def _numbered(files: list[list[File]], seed: int, limits: list[int | None]) -> Iterator[Sample]:
+    """The ranks of all rows, of each file the lowest ones up to its source's limit."""
     items = [
-        {"source": number, "file": index, "url": url}
-        for number, path in enumerate(sources.values())
-        for index, url in enumerate(files(path, config.sources[number].share, config.seed))
+        {"source": source, "file": index, "uri": file.uri}
+        for source, chosen in enumerate(files)
+        for index, file in enumerate(chosen)
     ]
-    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _encode,
-        batch_size=1,
-        fn_kwargs={"config": config, "tokenizer": tokenizer, "limits": limits},
+    numbered = _dataset(items).map_batches(
+        number, batch_size=1, fn_kwargs={"seed": seed, "limits": limits}
     )
+    for table in numbered.iter_batches(batch_size=None, batch_format="pyarrow"):
+        _raise_failure(table)
+        yield Sample(*(table[name].to_numpy() for name in ("key", "source", "file", "number")))
 
 
-def _encode(
-    batch: dict[str, np.ndarray],
-    config: Config,
-    tokenizer: str | None,
-    limits: list[int] | None,
+def _tokenised(
+    files: list[list[File]], forms: list[str], sample: Sample, tokenizer: str, seq_len: int | None
 ) -> Iterator[pa.Table]:
-    """One file -> tables of SCHEMA; without a tokenizer rows are judged and not encoded."""
-    source, file, url = int(batch["source"][0]), int(batch["file"][0]), str(batch["url"][0])
-    reading, chat = config.sources[source], isinstance(config, InstructConfig)
-    opened = _tokenizer(tokenizer) if tokenizer else None
-    rows = lines(url, None if chat else [reading.text])
-    while block := list(islice(rows, BLOCK)):
-        numbers = np.array([number for number, _, _ in block])
-        ranks = (scatter(numbers, config.seed, source, file) >> np.uint64(1)).astype(np.int64)
-        table = []
-        for (number, row, reason), rank in zip(block, ranks.tolist(), strict=True):
-            if limits is not None and rank > limits[source]:
-                continue
-            document = None
-            if row is not None:
-                try:
-                    document = _document(row, config, reading, opened)
-                except ValueError as error:
-                    reason = str(error)
-            entry = {"rank": rank, "source": source, "file": file, "line": number}
-            ids, trained, truncated = document or (None, None, False)
-            entry |= {"ids": ids, "trained": trained, "truncated": truncated, "reason": reason}
-            table.append(entry)
-        yield pa.Table.from_pylist(table, schema=SCHEMA)
+    """Tables of spool.SCHEMA with `reason`, null for a good row, in no order; of conversations if
+    there is a seq_len."""
+    order = np.lexsort((sample.number, sample.file, sample.source))
+    starts = np.flatnonzero(
+        np.diff(sample.source[order], prepend=-1) | np.diff(sample.file[order], prepend=-1)
+    )
+    items = []
+    for ranks in np.split(order, starts[1:]):
+        source, file = sample.source[ranks[0]], sample.file[ranks[0]]
+        item = {"uri": files[source][file].uri, "form": forms[source]}
+        items.append(item | {"ranks": ranks.tobytes(), "numbers": sample.number[ranks].tobytes()})
+    # Readers ask for no CPU: a waiting one must not keep tokenisation, which makes room, from it.
+    readers = ray.data.TaskPoolStrategy(size=min(READERS, len(items)))
+    contents = _dataset(items).map_batches(
+        read, batch_size=1, fn_kwargs={"chat": bool(seq_len)}, num_cpus=0, compute=readers
+    )
+    tokenised = contents.map_batches(
+        tokenise,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"tokenizer": tokenizer, "seq_len": seq_len},
+    )
+    for table in tokenised.iter_batches(batch_size=None, batch_format="pyarrow"):
+        _raise_failure(table)
+        yield table
 
 
-def _document(
-    row: dict[str, Any], config: Config, reading: Reading, opened: PreTrainedTokenizerBase | None
-) -> Document | None:
-    if isinstance(config, InstructConfig):
-        try:
-            form = detect(row)
-        except UserError:
-            raise ValueError("columns of no known form") from None
-        messages = to_messages(row, form)
-        return encode_chat(messages, opened, config.seq_len) if opened else None
-    if not is_text(row.get(reading.text)):
-        raise ValueError(f"no text in {reading.text!r}")
-    return encode_text(row[reading.text], opened) if opened else None
-
-
-def _documents(rows: Iterator[dict[str, Any]], found: _Found | None) -> Iterator[Document]:
-    for row in rows:
-        if not row["reason"]:
-            if found:
-                found.good += 1
-            ids, trained = np.array(row["ids"], np.int32), np.array(row["trained"], bool)
-            yield Document(ids, trained, row["truncated"])
-        elif found:
-            found.reject(row)
-
-
-def _limits(config: CorpusConfig, sources: dict[str, str], found: _Found) -> list[int]:
-    """The highest rank to take from each source, so that exactly `rows` good rows are taken."""
-    total = sum(reading.weight for reading in config.sources)
-    quotas = [int(config.rows * reading.weight / total) for reading in config.sources]
-    quotas[0] += config.rows - sum(quotas)
-    lowest = [np.empty(0, np.int64) for _ in quotas]
-    counts = [0] * len(quotas)
-    for table in _dataset(config, sources, None, None).iter_batches(batch_format="pyarrow"):
-        bad = np.array(table["reason"].to_pylist(), dtype=object) != ""
-        ranks, origin = table["rank"].to_numpy(), table["source"].to_numpy()
-        for row in table.filter(pa.array(bad)).to_pylist():
-            found.reject(row)
-        for number, quota in enumerate(quotas):
-            ours = ranks[(origin == number) & ~bad]
-            counts[number] += len(ours)
-            lowest[number] = np.sort(np.concatenate([lowest[number], ours]))[:quota]
-    found.good = sum(counts)
-    for number, (quota, count) in enumerate(zip(quotas, counts, strict=True)):
-        if count < quota:
-            refuse(
-                "corpus.rows",
-                f"{config.rows}, of which {quota} from {found.urls[number]} with {count} good rows",
-                "no more than there are",
+def _watched(
+    tables: Iterable[pa.Table],
+    sample: Sample,
+    files: list[list[File]],
+    good: np.ndarray,
+    work: Path,
+) -> Iterator[pa.Table]:
+    """The good rows of the tables; `good` is set false at the ranks of the others, which are
+    written down; progress goes into the step's curve."""
+    rejects: list[tuple[int, int, int, str]] = []
+    done, started, told = 0, time.time(), 0.0
+    with (work / CURVE).open("w", buffering=1) as curve:
+        for table in tables:
+            bad = table.filter(pc.is_valid(table["reason"]))
+            places = bad["rank"].to_numpy()
+            good[places] = False
+            where = (
+                column[places].tolist() for column in (sample.source, sample.file, sample.number)
             )
-    return [int(ranks[-1]) if len(ranks) else -1 for ranks in lowest]
+            rejects += zip(*where, bad["reason"].to_pylist(), strict=True)
+            done, now = done + len(table), time.time()
+            if now - told > EVERY_S or done == len(sample):
+                line = {"step": done, "rows_per_second": done / (now - started), "time": now}
+                curve.write(json.dumps(line) + "\n")
+                told = now
+            yield table.filter(pc.is_null(table["reason"])).select(SCHEMA.names)
+    with (work / REJECTS).open("w") as report:
+        for source, index, row, reason in sorted(rejects):
+            entry = {"source": files[source][index].uri, "line": row + 1, "reason": reason}
+            report.write(json.dumps(entry) + "\n")
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    return load_tokenizer(path)
+def _raise_failure(table: pa.Table) -> None:
+    failures = table["failure"].drop_null()
+    if len(failures):
+        raise UserError(failures[0].as_py())
 
 
-def _pad(tokenizer: str) -> int:
+def _dataset(items: list[dict[str, Any]]) -> ray.data.Dataset:
+    """One item a task, run without a word."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = BLOCK_BYTES
+    with ray.data.DataContext.current(context):
+        return ray.data.from_items(items, override_num_blocks=len(items))
+
+
+def _pad_id(tokenizer: str) -> int:
     opened = load_tokenizer(tokenizer)
-    return int(opened.eos_token_id if opened.pad_token_id is None else opened.pad_token_id)
+    end = end_of_text(opened)
+    return end if opened.pad_token_id is None else int(opened.pad_token_id)
 
 
-def _metrics(train: dict[str, Any], held_out: dict[str, Any]) -> Metrics:
+def _finished(train: dict[str, Any], held_out: dict[str, Any], out: Path, work: Path) -> Metrics:
+    if train["rejected"]:
+        shutil.copyfile(work / REJECTS, out / REJECTS)
+    names = ("rows", "tokens", "trained_tokens", "padding", "truncated", "rejected")
     return {
-        **{name: train[name] for name in ("rows", "tokens", "trained_tokens", "padding")},
-        **{name: train[name] for name in ("truncated", "rejected")},
+        **{name: train[name] for name in names},
         "held_out_rows": held_out["rows"],
         "held_out_tokens": held_out["tokens"],
     }

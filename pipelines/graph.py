@@ -4,14 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipelines import steps
-from pipelines.corpus import (
-    CorpusConfig,
-    InstructConfig,
-    build_corpus,
-    build_instruct,
-    readings,
-)
+from pipelines.corpus import build_corpus, build_instruct
 from pipelines.recipe import Recipe
+from pipelines.sample import CorpusConfig, InstructConfig, readings
 from pipelines.sources import SourceSpec
 from pipelines.step import Source, Step
 
@@ -54,7 +49,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         "corpus",
         build_corpus,
         CorpusConfig(
-            readings(recipe.corpus.sources),
+            readings(recipe.corpus.sources, sources),
             recipe.corpus.rows,
             recipe.corpus.held_out,
             recipe.align.seq_len,
@@ -68,7 +63,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         name: str, chosen: tuple[SourceSpec, ...], rows: int | None, held_out: int
     ) -> Step:
         config = InstructConfig(
-            readings(chosen),
+            readings(chosen, sources),
             rows,
             held_out,
             recipe.sft.seq_len,

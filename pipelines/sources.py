@@ -1,43 +1,39 @@
-"""Sources of rows: parquet, JSON lines or plain text; local, `s3://` or `hf://`, read by fsspec.
+"""Sources of rows: what they are, which files they consist of, and the digest of their content.
 
-Endpoints and credentials come from the usual variables (AWS_ENDPOINT_URL, HF_ENDPOINT, ...). In
-plain text, documents are separated by empty lines. `.gz`, `.bz2` and `.xz` are read as they are.
+A source is a file, a directory, or a glob pattern, local or under s3:// or hf://. Credentials and
+endpoints come from the usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, HF_TOKEN, HF_ENDPOINT,
+and so on).
 """
 
+import codecs
 import hashlib
-import json
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
+from loram.data import encode_chat
 from loram.errors import refuse
-from loram.formats import detect, to_messages
+from loram.formats import Message, detect, to_messages
 from loram.packing import scatter
-from pipelines.digest import file_digest
+from pipelines.digest import file_digest, read_digest
+from pipelines.readers import SUFFIXES, Row, opened, parquet_columns, read_rows
 
-KINDS = (".parquet", ".jsonl", ".json", ".txt")
-COMPRESSED = (".gz", ".bz2", ".xz")
-PEEK = 1000  # rows of each source that are looked at before compute starts
-READ = 256  # parquet rows decoded at a time
-
-Line = tuple[int, dict[str, Any] | None, str]  # row or line number, the row, or why it is none
+KINDS = "parquet (.parquet), JSON (.jsonl, .json), text (.txt); the latter also as .gz, .bz2, .xz"
+HEAD = 1 << 16  # bytes looked at, at both ends of a file
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Where rows are and how to take them.
+    """A source as a recipe names it.
 
-    path: file, directory or glob. weight: relative to the other sources'. text: column of corpus
-    text. share: of the bytes, for a corpus too large to be read whole: so many of its files, chosen
-    by seed, are read that this is not exceeded (but at least one).
+    path: file, directory or pattern; s3:// and hf://datasets/ too. weight: its part of the rows,
+    relative to the other sources. text: the column of a corpus; instructions are recognised by
+    theirs. share: at most this part of its bytes is read, from files chosen by the seed.
     """
 
     path: str
@@ -46,180 +42,209 @@ class SourceSpec:
     share: float = 1.0
 
 
-def files(path: str, share: float, seed: int) -> list[str]:
-    """The files of a source in a fixed order, as URLs.
+@dataclass(frozen=True)
+class File:
+    """uri: full, with protocol. size: bytes. stamp: ETag or blob id, "" for a local file."""
+
+    uri: str
+    size: int
+    stamp: str
+
+
+def list_files(path: str, setting: str = "source") -> list[File]:
+    """All files of a source, in the order of their names.
 
     Raises:
-        FileNotFoundError: there are none of a known kind.
+        UserError: nothing is there, or nothing of a known kind.
     """
-    fs, inner = _filesystem(path)
-    if any(mark in inner for mark in "*?["):
-        found = fs.glob(inner, detail=True)
-    elif fs.isdir(inner):
-        found = {n: info for n, info in fs.find(inner, detail=True).items() if _kind(n) in KINDS}
-    elif fs.exists(inner):
-        found = {inner: fs.info(inner)}
-    else:
-        found = {}
-    names = sorted(name for name, info in found.items() if info["type"] == "file")
-    if not names:
-        raise FileNotFoundError(path)
-    if share < 1:
-        limit, used = share * sum(found[n]["size"] for n in names), 0
-        chosen: list[str] = []
-        for index in np.argsort(scatter(np.arange(len(names)), seed)):
-            used += found[names[index]]["size"]
-            if used > limit and chosen:
-                break
-            chosen.append(names[index])
-        names = sorted(chosen)
-    return [fs.unstrip_protocol(name) for name in names]
+    try:
+        system, root = fsspec.core.url_to_fs(path)
+        found = system.glob(root, detail=True) if "*" in root else system.find(root, detail=True)
+    except Exception as error:  # each file system's client has its own
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        refuse(setting, f"{path}, which cannot be listed ({reason})", "a source within reach")
+    infos = [info for name, info in sorted(found.items()) if info["type"] == "file"]
+    if not infos:
+        refuse(setting, f"{path}, where no file is", "an existing file, directory or pattern")
+    known = [info for info in infos if info["name"].endswith(SUFFIXES)]
+    if not known:
+        refuse(setting, f"{path}, with no file of a known kind", KINDS)
+    return [File(system.unstrip_protocol(i["name"]), int(i["size"]), _stamp(i)) for i in known]
 
 
-def lines(url: str, columns: list[str] | None = None) -> Iterator[Line]:
-    """Every row of a file in bounded memory; a malformed one with its reason instead.
-
-    Args:
-        columns: of parquet, the only ones to decode.
-    """
-    fs, inner = _filesystem(url)
-    kind = _kind(inner)
-    if kind == ".parquet":
-        with fs.open(inner, "rb") as file:
-            number = 0
-            for batch in pq.ParquetFile(file).iter_batches(READ, columns=columns):
-                for row in batch.to_pylist():
-                    yield number, row, ""
-                    number += 1
-        return
-    with fs.open(inner, "rb", compression="infer") as file:
-        yield from _documents(file) if kind == ".txt" else _json_rows(file)
-
-
-def peek(spec: SourceSpec, setting: str, *, chat: bool) -> list[Any]:
-    """Look at the names, and at the first 1,000 rows of the first file.
-
-    Args:
-        setting: the recipe key that names the source.
-        chat: rows must be instructions; else the text column must hold text.
-
-    Returns: the good ones of those rows: messages if `chat`, else texts.
+def choose_files(files: list[File], share: float, *salt: int) -> list[File]:
+    """Files of at most this share of all bytes, chosen by the salt, in the order of their names.
 
     Raises:
-        UserError: missing, empty, truncated, not text, no such column, or not one good row.
+        UserError: the share is smaller than every file.
     """
-    where = f"{setting} {spec.path}"
+    if share == 1:
+        return files
+    room, chosen = share * sum(file.size for file in files), []
+    for place in np.argsort(scatter(np.arange(len(files)), *salt), kind="stable"):
+        if files[place].size <= room:
+            room -= files[place].size
+            chosen.append(int(place))
+    if not chosen:
+        smallest = min(file.size for file in files) / sum(file.size for file in files)
+        refuse("share", f"{share}, less than the smallest file", f"{smallest:.3g} or more")
+    return [files[place] for place in sorted(chosen)]
+
+
+def digest(spec: SourceSpec, cache: Path | None) -> str:
+    """Hex SHA-256 of a source's content, in the order of its files; their names do not count.
+
+    Local files count by their bytes, s3:// by ETag and size, hf:// by the hub's blob ids.
+
+    Args:
+        cache: where the digests of local files are remembered; None: read every byte now.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    total = hashlib.sha256()
+    for file in list_files(spec.path):
+        stamp = file.stamp
+        if not stamp:
+            local = Path(file.uri.removeprefix("file://"))
+            stamp = file_digest(local, cache) if cache else read_digest(local)
+        total.update(f"{stamp} {file.size}\n".encode())
+    return total.hexdigest()
+
+
+def peek(spec: SourceSpec, setting: str, *, chat: bool, rows: int = 1000) -> list[Any]:
+    """Look at headers and at the first rows: what can be refused before anything starts.
+
+    Of a remote source the first file is opened, of a local one every file.
+
+    Args:
+        setting: the recipe key, for the message.
+        chat: instructions rather than text.
+        rows: how many to look at.
+
+    Returns:
+        The good ones among them: texts, or conversations as `loram.formats.Message` lists.
+
+    Raises:
+        UserError: a missing, empty, truncated or non-text file; a missing column; no good row.
+    """
     if not 0 < spec.weight < float("inf"):
-        refuse(f"{where} weight", spec.weight, "a number above 0")
+        refuse(f"{setting}: weight", spec.weight, "a number above 0")
     if not 0 < spec.share <= 1:
-        refuse(f"{where} share", spec.share, "a number in (0, 1]")
-    try:
-        first = files(spec.path, spec.share, 0)[0]
-    except FileNotFoundError:
-        refuse(setting, f"nothing at {spec.path}", f"files of {', '.join(KINDS)}")
-    except (OSError, ValueError, ImportError) as error:
-        refuse(setting, f"{spec.path}, out of reach ({_short(error)})", "a readable source")
-    if _kind(first) not in KINDS:
-        refuse(
-            setting, first, f"files of {', '.join(KINDS)}, or those with {', '.join(COMPRESSED)}"
-        )
-    try:
-        found = list(islice(lines(first), PEEK))
-    except (OSError, EOFError, pa.ArrowException) as error:
-        refuse(setting, f"{first}, damaged ({_short(error)})", "a whole file of its kind")
-    if not found:
-        refuse(setting, f"{first}, empty", "a file with rows")
-    rows = [row for _, row, _ in found if row is not None]
-    if not rows:
-        refuse(setting, f"{first} with no good row ({found[0][2]})", "JSON objects or UTF-8 text")
-    columns = sorted({name for row in rows for name in row})
-    if not chat:
-        if spec.text not in columns:
-            accepted = f"the column {spec.text!r}, or another one named by the source's `text`"
-            refuse(setting, f"{first} with columns {', '.join(columns)}", accepted)
-        texts = [row[spec.text] for row in rows if is_text(row.get(spec.text))]
-        if not texts:
-            refuse(setting, f"{first} without text in {spec.text!r}", "rows with text")
-        return texts
-    form, good, reason = detect(columns, f"{setting} {first}"), [], ""
-    for row in rows:
+        refuse(f"{setting}: share", spec.share, "a number above 0, at most 1")
+    files = list_files(spec.path, setting)
+    for file in files if not files[0].stamp else files[:1]:
+        _check_file(file, setting)
+    form = find_form(files, spec, setting, chat=chat)
+    good, reasons = [], []
+    for row in itertools.islice(itertools.chain(*(read_rows(f.uri) for f in files)), rows):
         try:
-            good.append(to_messages(row, form))
+            good.append(content(row, form, chat=chat))
         except ValueError as error:
-            reason = str(error)
+            reasons.append(f"row {row.number + 1}: {error}")
     if not good:
-        refuse(setting, f"{first} with no token to train on ({reason})", "rows with an answer")
+        found = f"{spec.path}, where none of the first {len(reasons)} rows is good ({reasons[0]})"
+        refuse(setting, found, "instructions with answers" if chat else "rows with text")
     return good
 
 
-def is_text(value: object) -> bool:
-    """Whether a cell holds text to train on."""
-    return isinstance(value, str) and bool(value.strip())
+def check_trainable(
+    conversations: list[list[Message]],
+    setting: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+) -> None:
+    """Refuse instructions of which `peek` found none with a trainable token.
 
-
-def digest(spec: SourceSpec, cache: Path) -> str:
-    """Names the content: of local files by their bytes, of remote ones by their store's word.
-
-    Args:
-        cache: directory of remembered digests of local files.
+    Raises:
+        UserError: as said.
     """
-    lines_ = []
-    for url in files(spec.path, 1.0, 0):
-        fs, inner = _filesystem(url)
-        if "file" in fs.protocol:
-            content = file_digest(Path(inner), cache)
-        else:
-            info = fs.info(inner)
-            content = str(info.get("blob_id") or info.get("ETag") or info.get("etag"))
-        lines_.append(f"{inner.rpartition('/')[2]} {content}")
-    return hashlib.sha256("\n".join(lines_).encode()).hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _filesystem(path: str) -> tuple[Any, str]:
-    fs, inner = fsspec.core.url_to_fs(path)
-    return fs, str(inner)
-
-
-def _kind(name: str) -> str:
-    path = Path(name)
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-
-
-def _json_rows(file: Any) -> Iterator[Line]:
-    for number, raw in enumerate(file, 1):
-        if not raw.strip():
-            continue
+    reason = ""
+    for messages in conversations:
         try:
-            row = json.loads(raw)
-        except UnicodeDecodeError:
-            yield number, None, "not UTF-8"
+            encode_chat(messages, tokenizer, seq_len)
+            return
         except ValueError as error:
-            yield number, None, f"not JSON: {error}"
+            reason = str(error)
+    found = f"no trainable token in the first {len(conversations)} rows ({reason})"
+    refuse(setting, found, "answers that begin within seq_len tokens and suit the chat template")
+
+
+def find_form(files: list[File], spec: SourceSpec, setting: str, *, chat: bool) -> str:
+    """The form of the source's instructions, or the column of its text.
+
+    Raises:
+        UserError: the columns of the first row fit neither.
+    """
+    columns: list[str] = []
+    if files[0].uri.endswith(".parquet"):
+        columns = parquet_columns(files[0].uri)
+    else:
+        rows = itertools.islice(itertools.chain(*(read_rows(file.uri) for file in files)), 1000)
+        for row in rows:
+            if row.values is not None:
+                columns = list(row.values)
+                break
         else:
-            good = isinstance(row, dict)
-            yield number, row if good else None, "" if good else "no JSON object"
+            refuse(setting, f"{spec.path}, with no readable row at its start", KINDS)
+    if chat:
+        return detect(columns, f"{setting}: {spec.path}")
+    if spec.text not in columns:
+        found = f"no column {spec.text!r} in {spec.path}"
+        refuse(f"{setting}: text", found, f"one of {', '.join(map(repr, columns))}")
+    return spec.text
 
 
-def _documents(file: Any) -> Iterator[Line]:
-    start, parts = 0, list[bytes]()
-    for number, raw in enumerate(file, 1):
-        if raw.strip():
-            start = start if parts else number
-            parts.append(raw)
-        elif parts:
-            yield _document(start, parts)
-            parts = []
-    if parts:
-        yield _document(start, parts)
+def content(row: Row, form: str, *, chat: bool) -> Any:
+    """The row's text, or its conversation as `loram.formats.Message`s.
+
+    Raises:
+        ValueError: the row is malformed; the text is a short reason.
+    """
+    if row.values is None:
+        raise ValueError(row.reason)
+    if chat:
+        return to_messages(row.values, form)
+    text = row.values.get(form)
+    if not isinstance(text, str):
+        raise ValueError(f"{form!r} is {type(text).__name__}, no text")
+    if not text.strip():
+        raise ValueError("empty text")
+    return text
 
 
-def _document(start: int, parts: list[bytes]) -> Line:
-    try:
-        return start, {"text": b"".join(parts).decode().strip("\n")}, ""
-    except UnicodeDecodeError:
-        return start, None, "not UTF-8"
+def _check_file(file: File, setting: str) -> None:
+    """Refuse a file that is empty, of another kind than its name says, or cut off."""
+    if not file.size:
+        refuse(setting, f"{file.uri}, which is empty", KINDS)
+    if file.uri.endswith(".parquet"):
+        parquet_columns(file.uri)  # opening reads the footer, which a truncated file lacks
+        return
+    with opened(file.uri) as stream:
+        head = stream.read(HEAD)
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(head)
+        except UnicodeDecodeError as error:
+            refuse(setting, f"{file.uri}, no UTF-8 text at byte {error.start}", KINDS)
+    if b"\0" in head:
+        refuse(setting, f"{file.uri}, no text: it holds zero bytes", KINDS)
+    if file.uri.endswith((".jsonl", ".json")) and file.size > 1:
+        _check_end(file, setting, array=head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[")
 
 
-def _short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _check_end(file: File, setting: str, *, array: bool) -> None:
+    with fsspec.open(file.uri, "rb") as stream:
+        stream.seek(max(0, file.size - HEAD))
+        tail = stream.read().rstrip()
+    if array:
+        whole = tail.endswith(b"]")
+    else:
+        *before, last = tail.split(b"\n")
+        whole = last.endswith(b"}") or (not before and len(tail) == HEAD)
+    if not whole:
+        refuse(setting, f"{file.uri}, cut off: its last row does not end", "a whole file")
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    lfs = info.get("lfs") or {}
+    return str(lfs.get("sha256") or info.get("blob_id") or info.get("ETag") or "").strip('"')
