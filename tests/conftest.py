@@ -9,7 +9,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipelines.assets import home
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
 FAMILIES = tuple(CONFIGS)
 
 
@@ -48,3 +53,11 @@ def tiny_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
 def smollm2() -> Path:
     """SmolLM2-135M as `make assets` prepared it."""
     return home() / "assets" / "SmolLM2-135M-Instruct"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is no CUDA GPU; no others are."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

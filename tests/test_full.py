@@ -1,0 +1,94 @@
+"""The main job from end to end, as a user types it, on the recipe for tests."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from pipelines.assets import home
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """A home of one's own with the assets in it; runs the main job from another directory."""
+    own = tmp_path_factory.mktemp("home")
+    (own / "assets").symlink_to(home() / "assets")
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, ROOT / "pipelines" / "full.py", *words],
+            cwd=tmp_path_factory.mktemp("elsewhere"),
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+            | {"LORAM_HOME": str(own)},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run.home = own
+    return run
+
+
+def made(log: str) -> set[str]:
+    """The steps that really ran."""
+    return set(re.findall(r"^  (\S+) +\w{12}  done in", log, re.M))
+
+
+def test_first_run_then_a_changed_learning_rate(user):
+    """One run makes everything; another learning rate makes again only what depends on it."""
+    log = user("test")
+    everything = {"corpus", "instruct", "in_domain", "out_of_domain", "score", "prune", "align"}
+    everything |= {"quantise", "sft", "sft_lora", "recover", "evaluate_base", "evaluate_lora"}
+    everything |= {"evaluate_small", "evaluate_large"}
+    assert made(log) == everything
+    for label in ("base", "LoRA", "QLoRAM-Stru, small", "QLoRAM-Stru, large"):
+        assert f"│ {label} " in log
+    adapter = Path(re.search(r"recovered adapter +(\S+)", log).group(1))
+    report = Path(re.search(r"report +(\S+)", log).group(1))
+    assert "<table>" in report.read_text() and (report.parent / "curves.png").exists()
+    base = AutoModelForCausalLM.from_pretrained(home() / "assets" / "tiny-llama")
+    ids = torch.arange(10, 30)[None]
+    before = base(ids).logits
+    assert not torch.equal(PeftModel.from_pretrained(base, adapter)(ids).logits, before)
+
+    plan = user("test", "--dry-run")
+    assert plan.count("│ yes") == len(everything)
+    again = user(str(report.parent / "recipe.json"), "sft.lr=2e-3")
+    changed = {"sft", "sft_lora", "recover", "evaluate_lora", "evaluate_small", "evaluate_large"}
+    assert made(again) == changed
+
+    client = MlflowClient(f"sqlite:///{user.home}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("loram")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    pipelines = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(runs) == len(everything) + len(changed) + len(pipelines) == 23
+    last = max(pipelines, key=lambda run: run.info.start_time)
+    assert last.data.params["sft.lr"] == "0.002"
+    table = json.loads((report.parent / "table.json").read_text())
+    first = min(pipelines, key=lambda run: run.info.start_time)
+    assert first.data.metrics["large_loss"] == pytest.approx(table[3]["loss"])
+    found = {file.path for file in client.list_artifacts(first.info.run_id)}
+    assert found == {"adapter", "kept", "report"}
+    sft = next(run for run in runs if run.data.tags.get("mlflow.runName") == "sft")
+    losses = client.get_metric_history(sft.info.run_id, "loss")
+    assert [point.step for point in losses] == [1, 2, 3, 4]
+    assert {"lr", "grad_norm", "tokens_per_second", "peak_memory"} <= sft.data.metrics.keys()
+
+
+def test_rand_without_alignment_in_16_bits(user):
+    log = user("test", "prune.method=rand", "align.steps=0", "nf4=false", 'compare=["qlora"]')
+    assert "LoRAM-Rand, large" in log and "│ QLoRA " in log and "no LoRA on the full" in log
+    assert not {"align", "quantise", "sft_lora"} & made(log)
