@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  after the choice of a backend without a screen
@@ -49,6 +50,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]]) -> plt.Figure:
                     )
         axes.set_title(title)
         axes.set_xlabel("optimiser step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("loss (nats per trained token)")
         axes.legend(fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
