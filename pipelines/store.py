@@ -197,8 +197,7 @@ def listing(store: Store) -> list[str]:
     for slug in store.slugs():
         size = sum(p.stat().st_size for p in store.entry(slug).rglob("*") if p.is_file()) / 1e6
         days = (time.time() - (store.entry(slug) / RECORD).stat().st_mtime) / 86_400
-        lock = store.lock(slug)
-        if lock:
+        if lock := store.lock(slug):
             lock.release()
         lines.append(f"{slug:40} {size:10.1f} {days:12.1f}{'' if lock else '  in use'}")
     return lines
