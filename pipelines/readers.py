@@ -178,8 +178,8 @@ def _parsed(number: int, raw: Any, plain: bool) -> Row:
         return Row(number, None, f"longer than {LONGEST} bytes")
     if isinstance(raw, bytes):
         try:
-            raw = raw.decode("utf-8-sig")
-            raw = {"text": raw.strip()} if plain else json.loads(raw)
+            raw = raw.decode("utf-8-sig").strip()
+            raw = {"text": raw} if plain else json.loads(raw)
         except UnicodeDecodeError as error:
             return Row(number, None, f"no UTF-8 text at byte {error.start}")
         except (ValueError, RecursionError) as error:
@@ -201,8 +201,7 @@ def _parquet(file: BinaryIO, wanted: np.ndarray | None, columns: list[str] | Non
                 numbers = np.arange(start, start + batch.num_rows)
                 if wanted is not None:
                     numbers = _between(wanted, start, start + batch.num_rows)
-                for number in numbers.tolist():
-                    yield _decoded(number, batch.slice(number - start, 1))
+                yield from _decoded(numbers, batch.take(pa.array(numbers - start)))
                 start += batch.num_rows
         start = end
 
@@ -212,8 +211,14 @@ def _between(numbers: np.ndarray, start: int, end: int) -> np.ndarray:
     return numbers[low:high]
 
 
-def _decoded(number: int, row: pa.RecordBatch) -> Row:
+def _decoded(numbers: np.ndarray, batch: pa.RecordBatch) -> list[Row]:
     try:
-        return Row(number, row.to_pylist()[0])
+        return list(map(Row, numbers.tolist(), batch.to_pylist()))
     except UnicodeDecodeError as error:
-        return Row(number, None, f"no UTF-8 text at byte {error.start}")
+        if len(numbers) == 1:
+            return [Row(int(numbers[0]), None, f"no UTF-8 text at byte {error.start}")]
+        return [
+            row
+            for n in range(len(numbers))
+            for row in _decoded(numbers[n : n + 1], batch[n : n + 1])
+        ]

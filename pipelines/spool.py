@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def write_spool(tables: Iterable[pa.Table], directory: Path) -> None:
         order = np.argsort(buckets, kind="stable")
         table, buckets = table.take(order), buckets[order]
         starts = np.flatnonzero(np.diff(buckets, prepend=-1))
-        for start, end in zip(starts, [*starts[1:], len(buckets)], strict=True):
+        for start, end in pairwise([*starts, len(buckets)]):
             waiting[int(buckets[start])].append(table.slice(start, end - start))
         size += table.nbytes
         if size > WAITING:
