@@ -202,7 +202,7 @@ def _build(job: Job, device: torch.device) -> tuple[nn.Module, Any]:
     # Sharding moves the weights to the device layer by layer.
     model = load(job.model, device="cpu" if sharded else str(device))
     if job.place.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if job.stage == "sft":
         assert job.adapter
         adapted = attach(model, job.adapter, job.config.seed)

@@ -10,14 +10,13 @@ import torch
 from ray.data import Datasource, ReadTask
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 
-from loram.loss import Batch
 from loram.packing import Packed
 
 BLOCK = 64  # rows that one task reads
 AHEAD = 32 * 2**20  # bytes that are read before they are needed
 
 
-def stream(packed: Packed, ids: np.ndarray, size: int) -> Iterator[Batch]:
+def stream(packed: Packed, ids: np.ndarray, size: int) -> Iterator[dict[str, torch.Tensor]]:
     """The rows `ids` as batches of `size`, exactly in this order: what `packing.batches` gives.
 
     One task at a time reads, in a process of its own and for 0 CPUs: training holds all CPUs of a
