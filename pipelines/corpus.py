@@ -34,6 +34,7 @@ from pipelines.sample import (
     Sample,
     first,
     lowest,
+    mixed,
     quotas,
     with_spares,
 )
@@ -104,7 +105,7 @@ def _encoded(
         forms.append(find_form(files[place], spec, setting, chat=chat))
     limits = quotas(config.rows, [spec.weight for spec in specs], f"{setting}.rows")
     spares = [with_spares(limit, config.max_bad_share) for limit in limits]
-    sample = lowest(_numbered(files, config.seed, spares), spares)
+    sample = mixed(lowest(_numbered(files, config.seed, spares), spares))
     for place, path in enumerate(paths):
         _check_count(config, setting, path, int((sample.source == place).sum()), limits[place])
     (work / REJECTS).unlink(missing_ok=True)
@@ -114,9 +115,11 @@ def _encoded(
     write_spool(_watched(tables, sample, files, good, work), work / "spool")
     for place, path in enumerate(paths):
         rows = good[sample.source == place]
-        bad, share = int((~rows).sum()), 1 - rows.mean()
-        if share > config.max_bad_share:
-            found = f"{bad} malformed of {len(rows)} rows of {path} ({share:.1%}), listed in"
+        bad = int((~rows).sum())
+        if bad / len(rows) > config.max_bad_share:
+            found = (
+                f"{bad} malformed of {len(rows)} rows of {path} ({bad / len(rows):.1%}), listed in"
+            )
             accepted = f"at most {config.max_bad_share:.1%}"
             refuse(f"{setting}.max_bad_share", f"{found} {work / REJECTS}", accepted)
         _check_count(config, setting, path, int(rows.sum()), limits[place])

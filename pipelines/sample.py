@@ -1,7 +1,8 @@
 """Which rows a data step takes: exactly as many as asked for, chosen without reading them.
 
-Rows are ranked by a hash of (seed, source, file, row number) and the lowest are taken, in the order
-of their ranks. The choice is the same whoever computes it, and taking more keeps those taken.
+The rows of a source are ranked by a hash of (seed, source, file, row number) and the lowest are
+taken, in the order of their ranks: a random order. The choice is the same whoever computes it, and
+taking more keeps those taken. Sources are mixed so that they have their part in every stretch.
 """
 
 import math
@@ -65,7 +66,7 @@ Config = CorpusConfig | InstructConfig
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows in the order of their ranks: the source, file and number of each, and its rank's hash.
+    """Rows in an order: the source, file and number of each, and the hash that ranks it.
 
     key: uint64[n]; source, file, number: int64[n].
     """
@@ -92,7 +93,7 @@ def rank(numbers: np.ndarray, seed: int, source: int, file: int) -> Sample:
 
 
 def lowest(samples: Iterable[Sample], limits: Sequence[int | None]) -> Sample:
-    """The lowest ranks among all samples: of each source as many as its limit, None for all."""
+    """The lowest of all samples, by rank: of each source as many as its limit, None for all."""
     kept, waiting, size = rank(np.empty(0, np.int64), 0, 0, 0), list[Sample](), 0
     for sample in samples:
         waiting.append(sample)
@@ -100,6 +101,18 @@ def lowest(samples: Iterable[Sample], limits: Sequence[int | None]) -> Sample:
         if size > MERGE:
             kept, waiting, size = _merged([kept, *waiting], limits), [], 0
     return _merged([kept, *waiting], limits)
+
+
+def mixed(sample: Sample) -> Sample:
+    """The same rows, with each source spread evenly over the whole.
+
+    By their hashes alone a source of which few rows were taken would come first.
+    """
+    place = np.empty(len(sample))
+    for source in np.unique(sample.source):
+        ours = np.flatnonzero(sample.source == source)
+        place[ours] = (np.arange(len(ours)) + 0.5) / len(ours)
+    return sample.take(np.lexsort((sample.source, place)))
 
 
 def quotas(rows: int | None, weights: Sequence[float], setting: str) -> list[int | None]:

@@ -8,7 +8,7 @@ import pytest
 from loram.data import Document
 from loram.errors import UserError
 from pipelines import spool
-from pipelines.sample import Sample, first, lowest, quotas, rank, with_spares
+from pipelines.sample import Sample, first, lowest, mixed, quotas, rank, with_spares
 from pipelines.spool import read_spool, to_table, write_spool
 
 
@@ -49,6 +49,18 @@ def test_the_choice_is_even():
     assert abs((chosen.file == 0).mean() - 0.5) < 0.02
     assert abs((chosen.number < 10_000).mean() - 0.5) < 0.02
     assert abs((chosen.number[:1000] < 10_000).mean() - 0.5) < 0.06
+
+
+def test_every_stretch_has_its_part_of_each_source():
+    """Half of one source and a hundredth of the other are taken: the same number of rows."""
+    chosen = mixed(lowest(everything({(0, 0): 400, (1, 0): 20_000}), [200, 200]))
+    for start in range(0, 400, 50):
+        assert chosen.source[start : start + 50].sum() == 25
+    for source in (0, 1):
+        keys = chosen.key[chosen.source == source]
+        assert (keys == np.sort(keys)).all()
+        numbers = chosen.number[chosen.source == source]
+        assert abs(np.corrcoef(np.arange(200), numbers)[0, 1]) < 0.25
 
 
 def test_bad_rows_are_replaced_by_the_next_good_ones():
