@@ -9,13 +9,14 @@ python -m tests.benchmarks.loops [--steps 10]
     trl_rows  the same, one packed row a micro-batch and as many micro-batches as ours has rows
 
 SmolLM2-135M, LoRA on all linears from `loram.adapter.attach`, bf16 autocast, AdamW, clipping, no
-gradient checkpointing, sdpa; loss on answers only. An optimiser step is about 1,024 positions: 2 rows
-of 512, or 4 conversations (of about 200 tokens). The loops take turns step by step as in
+gradient checkpointing, sdpa; loss on answers only. An optimiser step is about 1,024 positions: 2
+rows of 512, or 4 conversations (of about 200 tokens). The loops take turns step by step as in
 `training`; a ratio is the median of the rounds' ratios of tokens a second, padding not counted.
 
 TRL is not among the project's dependencies:
 
-    pip install --no-deps trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0
+    pip install --no-deps trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 \\
+        xxhash==4.1.0
 
 Its packing "wrapped" runs, too, but cuts conversations and lets them attend to one another.
 """

@@ -2,16 +2,16 @@
 
 python -m tests.benchmarks.training [--steps 8]
 
-SmolLM2-135M; LoRAM is pruned as in the paper (0.65, the first 4 and last 2 layers whole; Rand, which
-gives the shapes of Stru). The methods take turns step by step, each in a process of its own, so that
-what else the machine does falls on all alike; a ratio is the median of the rounds' ratios.
+SmolLM2-135M; LoRAM is pruned as in the paper (0.65, the first 4 and last 2 layers whole; Rand,
+which gives the shapes of Stru). The methods take turns step by step, each in a process of its own,
+so that what else the machine does falls on all alike; a ratio is the median of the rounds' ratios.
 
 FLOPs of training LoRA, a token, forward and backward; a multiplication and an addition are two:
 
     4 n          n weights of every frozen linear: its output, the gradient of its input
     6 r (i + o)  LoRA factors of a linear from i to o: outputs, gradients of inputs and of factors
-    12 T q       attention of a layer, rows of T tokens, heads of q dimensions together: two products
-                 forward and four backward, over whole rows: what the mask hides is computed, too
+    12 T q       attention of a layer, rows of T tokens, heads of q dimensions together: two
+                 products forward, four backward; what the mask hides is computed, too
     4 V h t      output head, h to V, at the share t of tokens that are trained
 
 Turning NF4 into bf16 counts as nothing: QLoRA has the FLOPs of LoRA. Memory is the peak while
