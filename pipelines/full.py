@@ -31,7 +31,8 @@ from pipelines.execute import CURVE, Event, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.launch import ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
-from pipelines.recipe import Recipe, flat, resolve, write_recipe  # noqa: E402
+from pipelines.recipe import Recipe, flat, write_recipe  # noqa: E402
+from pipelines.recipes import resolve  # noqa: E402
 from pipelines.step import Step, order  # noqa: E402
 from pipelines.store import Store  # noqa: E402
 from pipelines.tracking import Tracking, local, viewer  # noqa: E402

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from loram.errors import UserError
-from pipelines.recipe import NAMED, flat, resolve, write_recipe
+from pipelines.recipe import flat, write_recipe
+from pipelines.recipes import NAMED, resolve
 
 
 def test_changes_are_applied_with_their_types():
