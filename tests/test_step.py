@@ -121,6 +121,10 @@ def test_key_is_made_of_name_version_config_and_inputs() -> None:
     ]
     assert len({key(step), *map(key, changed)}) == 7
     assert key(step) == key(dataclasses.replace(step, cpus=4, gpus=1))
+    two = {"a": Source("s", "URI", "1"), "b": step}
+    assert key(Step("j", join, Config(), two)) == key(
+        Step("j", join, Config(), dict(reversed(two.items())))
+    )
     assert key(Source("s", "here", "1")) == key(Source("t", "there", "1"))
 
 

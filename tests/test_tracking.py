@@ -164,7 +164,9 @@ def test_curve_is_sent_once_whatever_becomes_of_its_file(root: Path, tmp_path: P
     assert not runs.advance()
     curve.write_text(rows(1, 2))
     runs.advance()
-    curve.write_text(rows(1, 2, 3, 4) + '{"step": 5, "lo' + rows(5) + rows(6))
+    curve.write_text(
+        rows(1, 2, 3, 4) + '{"step": 5, "lo' + rows(5) + rows(6) + rows(6).replace("11.0", "99.0")
+    )
     state = journal.state()
     Runs(journal, local(root)).advance()
     journal.save(state)  # as if the sender had died before it noted what it had sent
