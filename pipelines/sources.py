@@ -59,6 +59,7 @@ def list_files(path: str, setting: str = "source") -> list[File]:
     """
     try:
         system, root = fsspec.core.url_to_fs(path)
+        system.invalidate_cache()  # remote listings are remembered; files may have changed
         found = system.glob(root, detail=True) if "*" in root else system.find(root, detail=True)
     except Exception as error:  # each file system's client has its own
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
