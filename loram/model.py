@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -119,8 +119,10 @@ def read_config(path: str | Path, setting: str = "model") -> PreTrainedConfig:
             refuse(setting, f"{file} that is not JSON ({error})", "a model's config.json")
     else:
         try:
+            if not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
+                HfApi().model_info(str(path), timeout=5)  # a download would retry for half a minute
             raw, _ = PreTrainedConfig.get_config_dict(path)
-        except OSError:
+        except Exception:  # the hub client raises what its HTTP library of the day raises
             refuse(setting, f"{path}, neither a directory nor a hub id within reach", "a model")
     model_type = str(raw.get("model_type"))
     if model_type.removeprefix(PREFIX) not in SUPPORTED:

@@ -21,6 +21,7 @@ def refused(capsys, tmp_path):
     """Run the main job with `test key=value ...`; the one line that it was refused with."""
 
     def run(*changes: str) -> str:
+        capsys.readouterr()  # what the test itself printed
         started = time.monotonic()
         status = main(["test", f"store={tmp_path / 'store'}", *changes])
         captured = capsys.readouterr()
