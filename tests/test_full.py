@@ -32,7 +32,6 @@ def user(tmp_path_factory):
             | {"LORAM_HOME": str(own)},
             capture_output=True,
             text=True,
-            timeout=280,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -46,6 +45,7 @@ def made(log: str) -> set[str]:
     return set(re.findall(r"^  (\S+) +\w{12}  done in", log, re.M))
 
 
+@pytest.mark.timeout(1200)
 def test_first_run_then_a_changed_learning_rate(user):
     """One run makes everything; another learning rate makes again only what depends on it."""
     log = user("test")
@@ -88,6 +88,8 @@ def test_first_run_then_a_changed_learning_rate(user):
     assert {"lr", "grad_norm", "tokens_per_second", "peak_memory"} <= sft.data.metrics.keys()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_rand_without_alignment_in_16_bits(user):
     log = user("test", "prune.method=rand", "align.steps=0", "nf4=false", 'compare=["qlora"]')
     assert "LoRAM-Rand, large" in log and "│ QLoRA " in log and "no LoRA on the full" in log
