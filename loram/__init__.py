@@ -4,6 +4,18 @@ A notebook needs, in this order: `loram.prune` (score, choose, prune), `loram.ad
 recover, merge), `loram.data` and `loram.packing` (rows), `loram.train`, `loram.evaluate`.
 """
 
-from loram.model import load, load_tokenizer, register, save
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loram.model import load, load_tokenizer, register, save
 
 __all__ = ["load", "load_tokenizer", "register", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: a process that only reads rows or sends metrics would load torch and more for it.
+    if name in __all__:
+        from loram import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'loram' has no attribute {name!r}")

@@ -12,6 +12,7 @@ import logging
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -117,8 +118,7 @@ def fit(
     _drop_torn_snapshot(work / RUN)
     resources = {"CPU": place.cpus_per_worker, "GPU": place.gpus_per_worker}
     trainer = ray.train.torch.TorchTrainer(
-        _work,
-        train_loop_config={"job": job},
+        partial(_work, job),  # not `train_loop_config`: Ray's controller would import all this too
         scaling_config=ray.train.ScalingConfig(
             num_workers=place.workers,
             use_gpu=place.gpus_per_worker > 0,
@@ -151,9 +151,9 @@ def fit(
     }
 
 
-def _work(arguments: dict[str, Job]) -> dict[str, Any]:
+def _work(job: Job) -> dict[str, Any]:
     """What every worker runs; the same collectives on each, in the same order."""
-    job, (rank, size) = arguments["job"], world()
+    rank, size = world()
     config, place, run = job.config, job.place, job.work / RUN
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     device = ray.train.torch.get_device()
