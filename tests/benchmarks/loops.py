@@ -173,9 +173,11 @@ class Count(TrainerCallback):
         self.made.append((sum(len(row["input_ids"]) for row in rows), batch["input_ids"].numel()))
         return batch
 
-    def on_step_end(self, *_: object, **__: object) -> None:
-        tokens, positions = (sum(column) for column in zip(*self.made, strict=True))
-        self.made.clear()
+    def on_step_end(self, args: TrainingArguments, *_: object, **__: object) -> None:
+        # The trainer makes batches ahead of the step that takes them.
+        taken = self.made[: args.gradient_accumulation_steps]
+        del self.made[: len(taken)]
+        tokens, positions = (sum(column) for column in zip(*taken, strict=True))
         self.done(tokens, positions)
 
 
