@@ -1,0 +1,136 @@
+"""Training on a real Ray: what is streamed, what is recorded, what is written."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from conftest import tiny_model
+from peft import PeftModel
+from rows import packed_rows
+
+import pipelines.stream
+from loram.adapter import AdapterConfig
+from loram.errors import UserError
+from loram.evaluate import perplexity
+from loram.model import load, save
+from loram.packing import Packed, batches, order
+from loram.train import TrainConfig
+from pipelines.fit import fit
+from pipelines.launch import start_ray
+from pipelines.place import Place
+from pipelines.stream import stream
+
+CONFIG = TrainConfig(
+    steps=6, lr=1e-2, global_batch=8, seq_len=64, warmup_steps=2, eval_every=2, seed=5
+)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    packed_rows(root / "train")
+    packed_rows(root / "held_out", documents=15)  # rows that two workers cannot share equally
+    save(tiny_model("llama").to(torch.bfloat16), root / "model")
+    return root
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Watched(Packed):
+    """Packed rows that note in a file how many were read."""
+
+    def fetch(self, row_ids):
+        with (self.path / "read").open("a") as file:
+            file.write(f"{len(row_ids)}\n")
+        return super().fetch(row_ids)
+
+
+def test_rows_come_as_asked_and_not_long_before(cluster, data, monkeypatch):
+    monkeypatch.setattr(pipelines.stream, "AHEAD", 2**20)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker can import tests
+    packed = Watched(data / "train")
+    ids = order(packed.rows, 64 * 200, seed=1)
+    rows = stream(packed, ids, 7)
+    for batch, expected in zip(rows, batches(packed, ids[: 7 * 30], 7), strict=False):
+        assert batch.keys() == expected.keys()
+        for name, tensor in batch.items():
+            assert tensor.dtype == torch.int64 and torch.equal(tensor, expected[name])
+    (packed.path / "read").unlink()
+    time.sleep(2)  # for as much as would be read now
+    seen = (packed.path / "read").read_text() if (packed.path / "read").exists() else ""
+    assert sum(map(int, seen.split())) < len(ids) / 4
+    rows.close()
+
+
+def test_two_workers_take_the_rows_of_one(cluster, data, tmp_path):
+    found = {}
+    for workers in (1, 2):
+        found[workers] = fit(
+            "sft",
+            model=data / "model",
+            train=data / "train",
+            held_out=data / "held_out",
+            config=CONFIG,
+            adapter=AdapterConfig(dropout=0.0),
+            place=Place(workers=workers, cpus_per_worker=1, micro_batch=2),
+            out=tmp_path / f"out{workers}",
+            work=tmp_path / f"work{workers}",
+        )
+    alone = [line["rows"] for line in lines(tmp_path / "work1" / "rows-0.jsonl")]
+    shares = [lines(tmp_path / "work2" / f"rows-{rank}.jsonl") for rank in (0, 1)]
+    assert [a["rows"] + b["rows"] for a, b in zip(*shares, strict=True)] == alone
+    packed = Packed(data / "train")
+    assert sum(alone, []) == order(packed.rows, 48, CONFIG.seed).tolist()
+
+    curves = [lines(tmp_path / f"work{workers}" / "metrics.jsonl") for workers in (1, 2)]
+    for one, two in zip(*curves, strict=True):
+        name = "loss" if "loss" in one else "held_out_loss"
+        assert one["step"] == two["step"] and one[name] == pytest.approx(two[name], rel=1e-3)
+    held_out = {line["step"]: line["held_out_loss"] for line in curves[0] if "lr" not in line}
+    assert held_out.keys() == {2, 4, 6}
+
+    # The best checkpoint is what is written, as a stock adapter.
+    first = found[1]
+    assert first["held_out_loss"] == held_out[first["best_step"]] == min(held_out.values())
+    assert first["tokens"] == pytest.approx(48 * 64 * (1 - packed.info["padding"]), rel=0.01)
+    assert first["trained_tokens"] == found[2]["trained_tokens"] > 0
+    assert {file.name for file in (tmp_path / "out1").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    config = json.loads((tmp_path / "out1" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(data / "model")
+    model = PeftModel.from_pretrained(load(data / "model"), tmp_path / "out1")
+    kept = Packed(data / "held_out")
+    again = perplexity(model, batches(kept, np.arange(kept.rows), 2))
+    assert again["loss"] == pytest.approx(first["held_out_loss"], rel=1e-5)
+
+
+def test_a_quantised_model_is_not_aligned(data, tmp_path):
+    save(load(data / "model", nf4=True), tmp_path / "nf4")
+    with pytest.raises(UserError, match="align: found a 4-bit model.*quantise after alignment"):
+        fit(
+            "align",
+            model=tmp_path / "nf4",
+            train=data / "train",
+            held_out=data / "held_out",
+            config=CONFIG,
+            adapter=None,
+            place=Place(workers=2),
+            out=tmp_path / "out",
+            work=tmp_path / "work",
+        )
