@@ -46,6 +46,7 @@ from pipelines.tokenise import number, read, tokenise
 REJECTS = "rejects.jsonl"
 BLOCK_BYTES = 1 << 22  # of text that one task tokenises
 READERS = 2  # files read at a time
+AHEAD = 4  # blocks for each CPU that may lie in Ray's object store
 EVERY_S = 2.0  # a line of progress
 
 
@@ -228,6 +229,9 @@ def _dataset(items: list[dict[str, Any]]) -> ray.data.Dataset:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
+    room = AHEAD * BLOCK_BYTES * ray.cluster_resources().get("CPU", 1.0)
+    options = context.execution_options
+    options.resource_limits = options.resource_limits.copy(object_store_memory=room)
     with ray.data.DataContext.current(context):
         return ray.data.from_items(items, override_num_blocks=len(items))
 
