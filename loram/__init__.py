@@ -7,9 +7,9 @@ recover, merge), `loram.data` and `loram.packing` (rows), `loram.train`, `loram.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loram.model import load, load_tokenizer, register, save
+    from loram.model import load, load_tokenizer, read_config, register, save
 
-__all__ = ["load", "load_tokenizer", "register", "save"]
+__all__ = ["load", "load_tokenizer", "read_config", "register", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from loram.errors import refuse
 from loram.kept import Kept
+from loram.masked import PEFT_TYPE, MaskedLora, set_masks_
+from loram.masks import copy_masks
 from loram.model import load, read_config, save
 from loram.prune import copy_companions
 
@@ -20,7 +23,10 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA of the paper's section 4: r 8, alpha 16 (scale alpha / r), dropout 0.05, all linears."""
+    """LoRA of the paper's section 4: r 8, alpha 16 (scale alpha / r), dropout 0.05, all linears.
+
+    masked: for Semi and Unst, multiply the update with the mask (`loram.masked`).
+    """
 
     r: int = 8
     alpha: int = 16
@@ -34,25 +40,52 @@ class AdapterConfig:
         "up_proj",
         "down_proj",
     )
+    masked: bool = False
 
 
-def attach(model: PreTrainedModel, config: AdapterConfig, seed: int = 0) -> PeftModel:
+def attach(
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    seed: int = 0,
+    masks: str | Path | None = None,
+) -> PeftModel:
     """Freeze `model` and put trainable LoRA factors (float32) beside its linears.
 
     lora_A is drawn from `seed`, lora_B is zero: the function of the model does not change.
+
+    Args:
+        masks: where those of a masked update are: a pruned model's directory, or an adapter's.
     """
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        task_type="CAUSAL_LM",
+    )
+    if config.masked:
+        lora._register_custom_module({nn.Linear: MaskedLora})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=config.r,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=list(config.targets),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        adapted = get_peft_model(model, lora)
+    if config.masked:
+        set_masks_(adapted, masks or model.name_or_path)
+    return adapted
+
+
+def save_adapter(model: PeftModel, out: Path, masks: str | Path | None = None) -> None:
+    """Write the adapter alone: a stock PEFT directory, or for a masked update one with its masks.
+
+    Args:
+        masks: as for `attach`.
+    """
+    model.save_pretrained(out, save_embedding_layers=False)
+    config = json.loads((out / CONFIG).read_text())
+    config["target_modules"].sort()  # peft keeps a set
+    if any(isinstance(module, MaskedLora) for module in model.modules()):
+        config["peft_type"] = PEFT_TYPE
+        copy_masks(masks or model.get_base_model().name_or_path, out)
+    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
@@ -93,13 +126,14 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     config |= {"base_model_name_or_path": str(base), "inference_mode": True}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+    copy_masks(adapter, out)
 
 
 def refuse_unless_plain(config: dict) -> None:
     """Refuse adapters whose update is not `alpha / r * lora_B @ lora_A` on frozen weights."""
     kind = config.get("peft_type")
-    if kind != "LORA":
-        refuse("adapter", f"peft_type {kind!r}", "LORA")
+    if kind not in ("LORA", PEFT_TYPE):
+        refuse("adapter", f"peft_type {kind!r}", f"LORA, {PEFT_TYPE}")
     for option, plain in (("use_dora", (False, None)), ("lora_bias", (False, None))):
         if config.get(option) not in plain:
             refuse(f"adapter {option}", config[option], "false")
@@ -113,7 +147,20 @@ def open_adapted(
     base: str | Path, adapter: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> PeftModel:
     """The model `base` with an adapter of its shape on it, for inference; options as in `load`."""
-    return PeftModel.from_pretrained(load(base, dtype=dtype, device=device), adapter).eval()
+    model = load(base, dtype=dtype, device=device)
+    config = json.loads((Path(adapter) / CONFIG).read_text())
+    if config["peft_type"] != PEFT_TYPE:
+        return PeftModel.from_pretrained(model, adapter).eval()
+    settings = AdapterConfig(
+        config["r"],
+        config["lora_alpha"],
+        config["lora_dropout"],
+        tuple(config["target_modules"]),
+        masked=True,
+    )
+    adapted = attach(model, settings, masks=adapter)
+    set_peft_model_state_dict(adapted, load_file(Path(adapter) / WEIGHTS, device=device))
+    return adapted.eval()
 
 
 def merge(base: Path, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -76,12 +76,21 @@ class Kept:
                     slices[f"{mlp}.{name}"] = Slice(cut, kept_neurons, config.intermediate_size)
         return slices
 
+    @staticmethod
+    def whole(config: PreTrainedConfig) -> "Kept":
+        """Everything: what Semi and Unst keep, whose masks are elsewhere (`loram.masks`)."""
+        layers = config.num_hidden_layers
+        return Kept(
+            (torch.arange(config.num_key_value_heads),) * layers,
+            (torch.arange(config.intermediate_size),) * layers,
+        )
+
     def save(self, directory: Path) -> None:
         """Write `kept.safetensors`: int64 `layers.<i>.kv_heads` and `layers.<i>.neurons`."""
         pairs = enumerate(zip(self.kv_heads, self.neurons, strict=True))
         save_file(
             {
-                f"layers.{i}.{name}": tensor.contiguous()
+                f"layers.{i}.{name}": tensor.clone()
                 for i, (kv_heads, neurons) in pairs
                 for name, tensor in (("kv_heads", kv_heads), ("neurons", neurons))
             },

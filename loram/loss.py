@@ -33,17 +33,21 @@ class CausalLoss(nn.Module):
         # Without an attention mask and without a cache (and only then) transformers derives the
         # block-diagonal mask from restarting positions.
         out = base.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        targets = labels[:, 1:]
-        trained = targets != -100
-        hidden, targets = out.last_hidden_state[:, :-1][trained], targets[trained]
-        head = base.get_output_embeddings()
-        if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
-            parts = [
-                checkpoint(_cross_entropy, head, h, t, use_reentrant=False)
-                for h, t in _chunks(hidden, targets)
-            ]
-            return torch.stack(parts).sum()
-        return _FrozenHead.apply(head, hidden, targets)
+        return next_token_loss(base.get_output_embeddings(), out.last_hidden_state, labels)
+
+
+def next_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The summed loss of an output head on the final hidden states, `[b, T, hidden]`."""
+    targets = labels[:, 1:]
+    trained = targets != -100
+    hidden, targets = hidden[:, :-1][trained], targets[trained]
+    if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
+        parts = [
+            checkpoint(_cross_entropy, head, h, t, use_reentrant=False)
+            for h, t in _chunks(hidden, targets)
+        ]
+        return torch.stack(parts).sum()
+    return _FrozenHead.apply(head, hidden, targets)
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -6,14 +6,14 @@ that could drift from the code. They reproduce the paper's tables to the last di
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.adapter import AdapterConfig
 from loram.kept import Kept
-from loram.model import model_class, pruned_config
-from loram.prune import PruneConfig, choose
+from loram.packed import PackedLinear
+from loram.prune import STRUCTURED, PruneConfig, choose, pattern
+from loram.pruned import meta_model, packed_config, pruned_config
 from loram.taylor import random_scores
 
 # Bits of one NF4 weight with double quantisation (QLoRA, section 3): 4, an 8-bit constant for
@@ -28,21 +28,24 @@ class Size:
     Attributes:
         total: all parameters, tied ones once.
         linears: those in the decoder's linears, which NF4 quantises.
+        masked: places of single weights that survived or not, one bit each.
         frozen_in_alignment: lm_head, and the embeddings that are tied to it.
     """
 
     total: int
     linears: int
     frozen_in_alignment: int
+    masked: int = 0
 
     @property
     def bf16_bytes(self) -> int:
-        return 2 * self.total
+        return 2 * self.total + self.masked // 8
 
     @property
     def nf4_bytes(self) -> int:
         """As bitsandbytes keeps them: linears in NF4 with constants, the rest in 16 bits."""
-        return round(self.linears * NF4_BITS / 8 + 2 * (self.total - self.linears))
+        rest = 2 * (self.total - self.linears) + self.masked // 8
+        return round(self.linears * NF4_BITS / 8) + rest
 
     @property
     def paper_nf4_parameters(self) -> float:
@@ -50,18 +53,19 @@ class Size:
         return self.total / 4
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of `config` (full or pruned) with shapes and no storage."""
-    with torch.device("meta"):
-        return model_class(config.model_type)(config)
-
-
 def size(config: PreTrainedConfig) -> Size:
     """Parameter counts of a full or pruned config."""
     model = meta_model(config)
-    linears = sum(m.weight.numel() for m in _linears(model))
+    linears, survivors, masked = 0, 0, 0
+    for module in _linears(model):
+        if isinstance(module, PackedLinear):
+            survivors += module.count
+            masked += module.out_features * module.in_features
+        else:
+            linears += module.weight.numel()
+    total = sum(p.numel() for p in model.parameters()) + survivors
     head = model.get_output_embeddings().weight
-    return Size(sum(p.numel() for p in model.parameters()), linears, head.numel())
+    return Size(total, linears + survivors, head.numel(), masked)
 
 
 def pruned_size(config: PreTrainedConfig, prune: PruneConfig) -> Size:
@@ -70,7 +74,20 @@ def pruned_size(config: PreTrainedConfig, prune: PruneConfig) -> Size:
 
 
 def planned_config(config: PreTrainedConfig, prune: PruneConfig) -> PreTrainedConfig:
-    """The config that pruning will produce, as far as shapes go."""
+    """The config that pruning will produce, as far as shapes go; of sparse models, once packed.
+
+    Raises:
+        UserError: as `loram.prune.ratio`, or a pattern that does not divide a matrix.
+    """
+    if prune.method not in STRUCTURED:
+        removed = pattern(prune)
+        decoder = meta_model(config).named_modules()
+        survivors = {}
+        for name, module in decoder:
+            if isinstance(module, nn.Linear) and ".layers." in name:
+                removed.check(module.in_features, name)
+                survivors[name] = removed.survivors(module.out_features, module.in_features)
+        return packed_config(config, survivors, nf4=False)
     kept: Kept = choose(random_scores(config, 0), config, prune)
     return pruned_config(config, kept)
 
@@ -91,17 +108,31 @@ def activation_bytes(config: PreTrainedConfig, tokens: int, checkpointing: bool)
     gradient checkpointing one residual stream a layer and one layer in full.
     """
     model = meta_model(config)
-    stream = config.hidden_size
-    per_layer = []
-    for layer in model.model.layers:
-        q = layer.self_attn.q_proj.out_features
-        kv = layer.self_attn.k_proj.out_features
-        neurons = layer.mlp.gate_proj.out_features
-        # Norms keep a float32 copy and their output; attention q, k, v, rotated q, k and output.
-        per_layer.append(2 * (2 * stream + 4 * stream + 3 * q + 4 * kv + 4 * neurons + 2 * stream))
+    stream, per_layer = (
+        config.hidden_size,
+        [_layer_activations(model, i) for i in range(len(model.model.layers))],
+    )
     if checkpointing:
         return tokens * (2 * stream * len(per_layer) + max(per_layer))
     return tokens * sum(per_layer)
+
+
+def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, tokens: int) -> int:
+    """Estimated peak of scoring (stru) or SparseGPT (semi, unst), which hold a layer at a time.
+
+    The most of: a layer with gradients, or with its Hessians and a factor of the widest, and its
+    activations in float32; the output head with its gradient of the hidden states.
+    """
+    model = meta_model(config)
+    layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    head = 4 * model.get_output_embeddings().weight.numel()
+    extra = layer
+    if prune.method not in STRUCTURED:
+        mlp, attn = model.model.layers[0].mlp, model.model.layers[0].self_attn
+        widest = max(mlp.down_proj.in_features, attn.o_proj.in_features)
+        inputs = (config.hidden_size, attn.o_proj.in_features, config.hidden_size)
+        extra = 4 * (sum(width**2 for width in inputs) + 2 * widest**2)
+    return max(layer + extra, head) + _layer_activations(model, 0) * 2 * tokens
 
 
 def align_bytes(
@@ -123,6 +154,16 @@ def sft_bytes(
     base = count.nf4_bytes if nf4 else count.bf16_bytes
     lora = 16 * lora_parameters(config, adapter)
     return base + lora + activation_bytes(config, tokens, checkpointing)
+
+
+def _layer_activations(model: PreTrainedModel, i: int) -> int:
+    """Bytes a token that layer `i` keeps for backward in bf16."""
+    layer, stream = model.model.layers[i], model.config.hidden_size
+    q = layer.self_attn.q_proj.out_features
+    kv = layer.self_attn.k_proj.out_features
+    neurons = layer.mlp.gate_proj.out_features
+    # Norms keep a float32 copy and their output; attention q, k, v, rotated q, k and output.
+    return int(2 * (2 * stream + 4 * stream + 3 * q + 4 * kv + 4 * neurons + 2 * stream))
 
 
 def _linears(model: PreTrainedModel) -> list[nn.Linear]:

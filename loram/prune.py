@@ -1,25 +1,29 @@
-"""Structured pruning: choose the groups that stay, and slice a checkpoint shard by shard."""
+"""What is pruned: the choice of groups and of patterns; structured pruning, layer by layer."""
 
-import json
 import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from loram.errors import refuse
 from loram.kept import Kept
-from loram.model import local, pruned_config, read_config
+from loram.loss import Batch
+from loram.model import read_config
+from loram.pruned import pruned_config
+from loram.shards import Checkpoint, write_index, write_part
+from loram.sparsegpt import BLOCK, Pattern
 from loram.taylor import Scores, random_scores, taylor_scores
 
-METHODS = ("rand", "stru")
+METHODS = ("rand", "stru", "semi", "unst")
+STRUCTURED = ("rand", "stru")
+RATIOS = {"rand": 0.65, "stru": 0.65, "unst": 0.55}  # of the paper's 13B experiments
 # What goes along unchanged when a model directory is written anew: its text side, what was kept.
 COMPANIONS = (
     "tokenizer*",
@@ -29,6 +33,7 @@ COMPANIONS = (
     "chat_template*",
     "generation_config.json",
     "kept.safetensors",
+    "masks-*.safetensors",
 )
 
 
@@ -37,28 +42,68 @@ class PruneConfig:
     """What to remove.
 
     Attributes:
-        method: `rand` (random groups) or `stru` (Taylor importance), paper section 3.1.
-        ratio: share removed of the KV heads and neurons of every pruned layer, in [0, 1).
-        keep_first, keep_last: decoder layers left whole at either end.
-        multiple: neurons kept are rounded to the nearest multiple of this (64 suits a GPU).
+        method: paper section 3.1. `rand` (random groups) and `stru` (Taylor importance) remove KV
+            groups and neurons; `semi` (n:m) and `unst` remove single weights by SparseGPT.
+        ratio: share removed: of the KV heads and neurons of every pruned layer, or of the weights
+            of every linear. None: the paper's, 0.65 by groups, n / m for semi, 0.55 for unst.
+        pattern: of `semi`, zeros:group, such as 4:8 or 2:4.
+        keep_first, keep_last: decoder layers that `rand` and `stru` leave whole at either end.
+        multiple: `rand` and `stru` round the neurons kept to a multiple of it (64 suits a GPU).
         seed: of `rand`.
     """
 
     method: str = "stru"
-    ratio: float = 0.65
+    ratio: float | None = None
+    pattern: str = "4:8"
     keep_first: int = 4
     keep_last: int = 2
     multiple: int = 1
     seed: int = 0
 
 
+def ratio(config: PruneConfig) -> float:
+    """The share that is removed: the one that was set, or the method's own.
+
+    Raises:
+        UserError: unknown method, a malformed pattern, or a ratio that the method cannot have.
+    """
+    if config.method not in METHODS:
+        refuse("prune.method", repr(config.method), ", ".join(METHODS))
+    if config.method == "semi":
+        zeros, group = _zeros_and_group(config.pattern)
+        if config.ratio not in (None, zeros / group):
+            refuse("prune.ratio", config.ratio, f"{zeros / group}, which is {config.pattern}")
+        return zeros / group
+    found = RATIOS[config.method] if config.ratio is None else config.ratio
+    if not 0 <= found < 1:
+        refuse("prune.ratio", found, "a number in [0, 1)")
+    return found
+
+
+def pattern(config: PruneConfig) -> Pattern:
+    """What `semi` or `unst` removes; errors as of `ratio`."""
+    if config.method == "semi":
+        return Pattern(ratio(config), *_zeros_and_group(config.pattern))
+    return Pattern(ratio(config))
+
+
+def _zeros_and_group(text: str) -> tuple[int, int]:
+    zeros, _, group = text.partition(":")
+    if not (zeros.isdigit() and group.isdigit() and 0 < int(zeros) < int(group) <= BLOCK):
+        refuse("prune.pattern", repr(text), "zeros:group, such as 4:8 or 2:4")
+    return int(zeros), int(group)
+
+
 def score(
-    source: PreTrainedModel, batches: Iterable[dict[str, Tensor]], config: PruneConfig
+    source: str | Path, batches: Iterable[Batch], config: PruneConfig, **options: Any
 ) -> Scores:
-    """Importance of every group of the full model; `rand` looks at neither model nor batches."""
+    """Importance of every group of the full model; `rand` looks at neither weights nor batches.
+
+    Options are those of `taylor_scores`.
+    """
     if config.method == "rand":
-        return random_scores(source.config, config.seed)
-    return taylor_scores(source, batches)
+        return random_scores(read_config(source), config.seed)
+    return taylor_scores(source, batches, **options)
 
 
 def widths(config: PreTrainedConfig, prune: PruneConfig) -> tuple[int, int]:
@@ -71,27 +116,23 @@ def widths(config: PreTrainedConfig, prune: PruneConfig) -> tuple[int, int]:
     Raises:
         UserError: unknown method, a ratio outside [0, 1), or nothing left of a layer.
     """
-    if prune.method not in METHODS:
-        refuse("prune.method", repr(prune.method), ", ".join(METHODS))
-    if not 0 <= prune.ratio < 1:
-        refuse("prune.ratio", prune.ratio, "a number in [0, 1)")
-    ratio = Decimal(str(prune.ratio))
+    share = Decimal(str(ratio(prune)))
     heads, kv_heads, size = (
         config.num_attention_heads,
         config.num_key_value_heads,
         config.intermediate_size,
     )
     if heads == kv_heads:
-        kept_kv = int(kv_heads * (1 - ratio))
+        kept_kv = int(kv_heads * (1 - share))
     else:
-        kept_kv = kv_heads - int(kv_heads * ratio)
-    neurons = size - math.ceil(size * ratio)
+        kept_kv = kv_heads - int(kv_heads * share)
+    neurons = size - math.ceil(size * share)
     if neurons < size:
         neurons = min(size, prune.multiple * math.floor(neurons / prune.multiple + 0.5))
     if kept_kv < 1 or neurons < 1:
         refuse(
             "prune.ratio",
-            f"{prune.ratio}, which leaves {kept_kv} KV heads and {neurons} neurons of a layer",
+            f"{share}, which leaves {kept_kv} KV heads and {neurons} neurons of a layer",
             f"a ratio that leaves at least one of {kv_heads} and one of {size}",
         )
     return kept_kv, neurons
@@ -115,33 +156,27 @@ def choose(scores: Scores, config: PreTrainedConfig, prune: PruneConfig) -> Kept
 
 
 def prune(source: str | Path, out: Path, kept: Kept) -> None:
-    """Write the pruned copy of `source` (a directory or hub id) to `out`, one shard at a time.
+    """Write the pruned copy of `source` (a directory or hub id) to `out`, layer by layer.
 
     `out` becomes an ordinary model directory with `kept.safetensors` beside the weights. Weights
     keep their dtype; q/k/v biases follow their rows; nothing else of the model changes.
     """
-    source, out = local(source), Path(out)
+    checkpoint, out = Checkpoint(source), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     config = read_config(source)
     slices = kept.slices(config)
-    index, total = {}, 0
-    for shard in sorted(source.glob("model*.safetensors")):
+    for part in checkpoint.parts():
         tensors = {}
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():
-                module, _, parameter = name.rpartition(".")
-                tensor, cut = file.get_tensor(name), slices.get(module)
-                if cut and (parameter == "weight" or cut.dim == 0):
-                    tensor = cut.take(tensor)
-                tensors[name] = tensor
-                index[name] = shard.name
-                total += tensor.numel() * tensor.element_size()
-        save_file(tensors, out / shard.name, metadata={"format": "pt"})
-    if len(set(index.values())) > 1:
-        listing = {"metadata": {"total_size": total}, "weight_map": index}
-        (out / "model.safetensors.index.json").write_text(json.dumps(listing, indent=2))
+        for name in checkpoint.names(part) or [part]:
+            module, _, parameter = name.rpartition(".")
+            tensor, cut = checkpoint.read(name), slices.get(module)
+            if cut and (parameter == "weight" or cut.dim == 0):
+                tensor = cut.take(tensor)
+            tensors[name] = tensor
+        write_part(out, part, tensors)
+    write_index(out)
     pruned_config(config, kept).save_pretrained(out)
-    copy_companions(source, out)
+    copy_companions(checkpoint.path, out)
     kept.save(out)
 
 

@@ -4,18 +4,23 @@ The score of a group is the sum of abs(w * dL/dw) over all weights that leave wi
 k, v and of the group's query heads with the columns of o, or the gate row, up row and down column.
 LLM-Pruner folds the scores of query heads {g, g + K, g + 2K, ...} onto KV head g; the query heads
 that attend to KV head g are {g*n .. g*n + n - 1}, and those are scored here.
+
+LLM-Pruner holds the whole model with all gradients. Here the backward pass goes layer by layer:
+one layer with its gradients is in memory, the inputs of all layers wait on disk.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from loram.loss import CausalLoss
+from loram.layers import Layers, Spool, forward
+from loram.loss import Batch, next_token_loss
 
 FILE = "scores.safetensors"
 
@@ -50,38 +55,92 @@ def random_scores(config: PreTrainedConfig, seed: int) -> Scores:
     )
 
 
-def taylor_scores(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> Scores:
-    """Scores of the full `model` from the gradient of the mean next-token loss over `batches`.
+def taylor_scores(
+    source: str | Path,
+    batches: Iterable[Batch],
+    *,
+    work: Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Scores:
+    """Scores of a full model from the gradient of the mean next-token loss over `batches`.
 
-    Holds the gradients of the decoder's linears, in the dtype of the weights (float32 for the
-    exact definition). Leaves the model without gradients.
+    Peak memory: one decoder layer in float32 twice (weights, gradients), or the output head, and
+    the activations of one batch; on disk the inputs of all layers for all batches, in float32.
 
     Args:
+        source: directory or hub id of the full model.
         batches: dicts of int64 (batch, seq_len): input_ids, labels, position_ids.
+        work: where activations wait; a call with the same directory after a crash goes on at the
+            layer it had reached. Emptied at the end.
+        dtype: of the computation (autocast); float32 for the exact definition.
 
     Raises:
-        ValueError: the batches hold no trained token, or the loss is not finite.
+        ValueError: the batches hold no trained token, or NaN or Inf came out of a layer (named).
     """
-    linears = [p for layer in model.model.layers for p in _weights(layer)]
-    model.requires_grad_(False)
-    for weight in linears:
-        weight.requires_grad_(True)
-    loss_of, tokens = CausalLoss(model.eval()), 0
-    for batch in batches:
-        loss = loss_of(batch["input_ids"], batch["labels"], batch["position_ids"])
-        if not loss.isfinite():
-            raise ValueError("the calibration loss is not finite: the weights hold NaN or Inf")
-        loss.backward()
-        tokens += int((batch["labels"][:, 1:] != -100).sum())  # the model shifts
+    if work is None:
+        with TemporaryDirectory() as directory:
+            return taylor_scores(source, batches, work=Path(directory), device=device, dtype=dtype)
+    batches = list(batches)
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     if not tokens:
         raise ValueError("the calibration rows hold no token to predict")
-    kv_heads = model.config.num_key_value_heads
+    layers, spool = Layers(source, device=device), Spool(work / "activations")
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        _forward(layers, batches, spool)
+        top = len(layers)
+        if not {f"gradient-{top}", f"score-{top - 1}"} & spool.names():
+            spool.write(f"gradient-{top}", _loss_gradients(layers, batches, spool))
+        for i in reversed(range(top)):
+            if f"score-{i}" not in spool.names():
+                found = _layer_gradients(layers, i, batches, spool, tokens)
+                spool.write(f"score-{i}", found)
+                spool.drop(f"gradient-{i + 1}")
+    kv_heads = torch.stack([spool.read(f"score-{i}", 0) for i in range(top)])
+    neurons = torch.stack([spool.read(f"score-{i}", 1) for i in range(top)])
+    spool.clear()
+    return Scores(kv_heads, neurons)
+
+
+@torch.no_grad()
+def _forward(layers: Layers, batches: list[Batch], spool: Spool) -> None:
+    """Put the inputs of every layer, and the output of the last, into the spool."""
+    if "input-0" not in spool.names():
+        spool.write("input-0", layers.embedded(batches))
+    for i in range(len(layers)):
+        if f"input-{i + 1}" not in spool.names():
+            spool.write(f"input-{i + 1}", forward(layers, i, layers.layer(i), batches, spool))
+
+
+def _loss_gradients(layers: Layers, batches: list[Batch], spool: Spool) -> Iterator[Tensor]:
+    norm, head = layers.head()
+    for number, batch in enumerate(batches):
+        hidden = spool.read(f"input-{len(layers)}", number).to(layers.device).requires_grad_(True)
+        loss = next_token_loss(head, norm(hidden), batch["labels"].to(layers.device))
+        if not loss.isfinite():
+            raise ValueError("the calibration loss is not finite: NaN or Inf in norm or lm_head")
+        yield torch.autograd.grad(loss, hidden)[0]
+
+
+def _layer_gradients(
+    layers: Layers, i: int, batches: list[Batch], spool: Spool, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Write `gradient-<i>`; the scores of layer `i`."""
+    layer = layers.layer(i)
+    for weight in _weights(layer):
+        weight.requires_grad_(True)
+
+    def inputs() -> Iterator[Tensor]:
+        for number, batch in enumerate(batches):
+            hidden = spool.read(f"input-{i}", number).to(layers.device).requires_grad_(True)
+            gradient = spool.read(f"gradient-{i + 1}", number).to(layers.device)
+            layer(hidden, **layers.arguments(i, hidden.detach(), batch)).backward(gradient)
+            assert hidden.grad is not None
+            yield hidden.grad
+
+    spool.write(f"gradient-{i}", inputs())
     with torch.no_grad():
-        scores = [_layer_scores(layer, kv_heads, tokens) for layer in model.model.layers]
-    for weight in linears:
-        weight.grad = None
-    model.requires_grad_(False)
-    return Scores(torch.stack([s[0] for s in scores]), torch.stack([s[1] for s in scores]))
+        return _layer_scores(layer, layers.config.num_key_value_heads, tokens)
 
 
 def _weights(layer: nn.Module) -> list[Tensor]:
@@ -91,13 +150,17 @@ def _weights(layer: nn.Module) -> list[Tensor]:
 
 
 def _layer_scores(layer: nn.Module, kv_heads: int, tokens: int) -> tuple[Tensor, Tensor]:
-    q, k, v, o, gate, up, down = (
-        (w.float() * w.grad.float()).abs_().div_(tokens) for w in _weights(layer)
-    )
-
     def per_kv_head(x: Tensor) -> Tensor:
         # Rows (or columns) of a KV group are contiguous, so the leading axis splits by group.
         return x.reshape(kv_heads, -1).sum(1)
 
-    heads = sum(per_kv_head(x.sum(1)) for x in (q, k, v)) + per_kv_head(o.sum(0))
-    return heads.cpu(), (gate.sum(1) + up.sum(1) + down.sum(0)).cpu()
+    heads = torch.zeros(kv_heads)
+    neurons = torch.zeros(layer.mlp.gate_proj.out_features)
+    for weight, summed, total in zip(
+        _weights(layer), (1, 1, 1, 0, 1, 1, 0), (heads,) * 4 + (neurons,) * 3, strict=True
+    ):
+        assert weight.grad is not None
+        saliency = weight.grad.float().mul_(weight.float()).abs_().sum(summed).div_(tokens).cpu()
+        total += per_kv_head(saliency) if total is heads else saliency
+        weight.grad = None
+    return heads, neurons

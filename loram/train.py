@@ -10,14 +10,14 @@ model.save_pretrained("adapter")
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -104,6 +104,7 @@ def train(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     start: int = 0,
+    masks: Mapping[nn.Parameter, Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Log]:
     """Train in place; yields after every step, where the caller prints, evaluates or saves.
@@ -116,6 +117,9 @@ def train(
             across two steps. After `start` steps it begins with the row that comes next.
         optimizer: from `adamw`, when its state was loaded.
         start: steps already done.
+        masks: of weights that were pruned singly, bool and of their shape: what they have zeros
+            for gets no gradient, so that neither clipping nor Adam's moments see it, and stays an
+            exact zero.
         dtype: of the computation (autocast); float32 for exact comparisons.
 
     The global random state is set at every step, from the seed, the step and the process, so that
@@ -157,6 +161,8 @@ def train(
         per_token = 1 / max(trained_tokens, 1)
         for weight in weights:
             weight.grad.mul_(size * per_token)
+            if masks and weight in masks:
+                weight.grad.mul_(masks[weight])
         norm = torch.nn.utils.clip_grad_norm_(weights, config.clip)
         grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         mean = loss_sum * per_token

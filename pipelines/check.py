@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 
 from loram.errors import refuse
 from loram.model import check_weights, load_tokenizer, read_config
-from loram.plan import size
-from loram.prune import widths
+from loram.plan import planned_config, size
+from loram.prune import METHODS, STRUCTURED, PruneConfig, widths
 from loram.train import TrainConfig
 from pipelines import tracking
 from pipelines.assets import home
@@ -49,7 +49,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     config = config or read_config(recipe.model)
     if config.model_type.startswith("loram_"):
         refuse("model", f"{recipe.model}, a pruned model", "the full model that it was cut from")
-    widths(config, recipe.prune)
+    _check_pruning(config, recipe.prune, recipe.adapter.masked)
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
@@ -83,6 +83,16 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
         _check_training(name, train, recipe, config)
     _at_least("sft.steps", recipe.sft.steps, 1)
     return config
+
+
+def _check_pruning(config: PreTrainedConfig, prune: PruneConfig, masked: bool) -> None:
+    structured = prune.method in STRUCTURED
+    if structured or prune.method not in METHODS:
+        widths(config, prune)
+    else:
+        planned_config(config, prune)
+    if masked and structured:
+        refuse("adapter.masked", f"true with prune.method {prune.method}", "semi, unst")
 
 
 def _check_training(

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from loram import plan
 from loram.errors import UserError
 from loram.model import read_config
+from loram.prune import STRUCTURED
 from loram.train import TrainConfig
 from pipelines.check import check, check_settings
 from pipelines.graph import Graph, build
@@ -87,18 +88,21 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
 
 def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
     small, place = plan.planned_config(config, recipe.prune), recipe.place
+    # Weights pruned singly leave memory when the aligned model is packed.
+    aligned = small if recipe.prune.method in STRUCTURED else config
     table = Table("stage", "GPU memory", title="Estimated peak memory a worker")
     table.columns[1].justify = "right"
 
     def row(name: str, size: float) -> None:
         table.add_row(name, f"{size / 1e9:,.2f} GB")
 
-    row("score (whole model, float32, with gradients)", 8 * plan.size(config).total)
+    tokens = place.micro_batch * recipe.align.seq_len
+    if recipe.prune.method != "rand":
+        row("score, prune (a layer at a time)", plan.prune_bytes(config, recipe.prune, tokens))
     if recipe.align.steps:
-        tokens = place.micro_batch * recipe.align.seq_len
         row(
             "align",
-            plan.align_bytes(small, tokens, place.gradient_checkpointing, place.workers),
+            plan.align_bytes(aligned, tokens, place.gradient_checkpointing, place.workers),
         )
     tokens = place.micro_batch * recipe.sft.seq_len
     trainings = [("sft", small, recipe.nf4)]

@@ -24,10 +24,11 @@ import torch
 from ray.train import CheckpointUploadMode
 from torch import nn
 
-from loram.adapter import CONFIG, WEIGHTS, AdapterConfig, attach
+from loram.adapter import CONFIG, WEIGHTS, AdapterConfig, attach, save_adapter
 from loram.errors import UserError, refuse
 from loram.evaluate import perplexity
 from loram.loss import CausalLoss
+from loram.masks import copy_masks, of_weights
 from loram.model import load, read_config, save
 from loram.packing import Packed, batches, order
 from loram.parallel import (
@@ -160,6 +161,7 @@ def _work(job: Job) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(place.cpus_per_worker)
     module, model = _build(job, device)
+    masks = of_weights(model, job.model) if job.stage == "align" else None
     optimizer = adamw(module, config)
     latest = ray.train.get_checkpoint()
     start = load_state(Path(latest.path), module, optimizer) if latest else 0
@@ -173,7 +175,7 @@ def _work(job: Job) -> dict[str, Any]:
     curve = go_on(job.work / CURVE, start) if rank == 0 else None
     started = time.time()
     try:
-        for log in train(module, rows, config, optimizer=optimizer, start=start):
+        for log in train(module, rows, config, optimizer=optimizer, start=start, masks=masks):
             if log.rows != tuple(ids[log.step - 1 - start]):
                 raise RuntimeError(f"step {log.step}: other rows arrived than were asked for")
             append(seen, {"step": log.step, "workers": size, "rows": log.rows})
@@ -185,7 +187,7 @@ def _work(job: Job) -> dict[str, Any]:
             path = run / f"step-{log.step:06d}"
             save_state(path, module, optimizer, log.step)
             if job.stage == "sft" and rank == 0:
-                model.save_pretrained(path / "adapter", save_embedding_layers=False)
+                save_adapter(model, path / "adapter")
             ray.train.report(
                 {"step": log.step, "held_out_loss": held_out},
                 checkpoint=ray.train.Checkpoint(path),
@@ -249,7 +251,7 @@ def _export(job: Job, checkpoint: Path, out: Path) -> None:
     shutil.copyfile(checkpoint / "adapter" / WEIGHTS, out / WEIGHTS)
     config = json.loads((checkpoint / "adapter" / CONFIG).read_text())
     config |= {"base_model_name_or_path": job.model}
-    config["target_modules"].sort()  # peft keeps a set
+    copy_masks(checkpoint / "adapter", out)
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 

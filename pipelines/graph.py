@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+from loram.prune import STRUCTURED
 from pipelines import steps
 from pipelines.corpus import build_corpus, build_instruct
 from pipelines.recipe import Recipe
@@ -80,6 +81,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         in_domain = conversations("in_domain", recipe.evaluate.in_domain, rows, rows)
     out_of_domain = conversations("out_of_domain", recipe.evaluate.out_of_domain, rows, rows)
 
+    sparse = recipe.prune.method not in STRUCTURED
     random = recipe.prune.method == "rand"
     scores = heavy(
         "score",
@@ -92,11 +94,16 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         {"model": model} if random else {"model": model, "corpus": corpus},
     )
     pruned = Step("prune", steps.prune, recipe.prune, {"model": model, "scores": scores})
+    if sparse:
+        sparsify = steps.SparsifyConfig(recipe.prune, recipe.calibration_rows)
+        pruned = heavy("prune", steps.sparsify, sparsify, {"model": model, "corpus": corpus})
     small: Step = pruned
     if recipe.align.steps:
         aligned = {"pruned": pruned, "corpus": corpus}
         small = light("align", steps.align, recipe.align, aligned)
-    if recipe.nf4:
+    if sparse:
+        small = heavy("pack", steps.pack, steps.PackConfig(recipe.nf4), {"model": small})
+    elif recipe.nf4:
         small = heavy("quantise", steps.quantise, steps.Empty(), {"model": small})
 
     def sft(name: str, frozen: Step | Source) -> Step:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loram.errors import refuse
-from loram.prune import PruneConfig
+from loram.prune import PruneConfig, ratio
 from loram.train import TrainConfig
 from pipelines.assets import MODEL, TINY, home
 from pipelines.place import Place
@@ -131,4 +131,7 @@ def resolve(name: str, changes: list[str]) -> Recipe:
             refuse("recipe", f"{name}, which is not JSON ({error})", "a recipe.json of a run")
     else:
         refuse("recipe", repr(name), f"{', '.join(NAMED)}, or a recipe.json of a run")
-    return parsed(changed(settings, changes))
+    recipe = parsed(changed(settings, changes))
+    # The recipe that is written down says what was removed, also where the method decided it.
+    prune = dataclasses.replace(recipe.prune, ratio=ratio(recipe.prune))
+    return dataclasses.replace(recipe, prune=prune)

@@ -50,7 +50,9 @@ def rows(graph: Graph, store: Store, full: Size) -> list[Row]:
         )
         if v.sft and v.frozen:
             path = store.entry(v.frozen.slug) if isinstance(v.frozen, Step) else Path(v.frozen.uri)
-            nf4, count = v.frozen.name.startswith("quantise"), size(read_config(path))
+            config = read_config(path)
+            count = size(config)
+            nf4 = getattr(config, "quantization_config", getattr(config, "survivors_nf4", False))
             held = count.nf4_bytes if nf4 else count.bf16_bytes
             sft = store.record(v.sft.slug)["metrics"]
             row = replace(

@@ -3,6 +3,7 @@
 Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that prepare data.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 
 import loram.adapter
 import loram.prune
+import loram.sparse
 from loram.adapter import AdapterConfig, open_adapted
 from loram.evaluate import perplexity
+from loram.loss import Batch
 from loram.model import load, local, read_config, save
 from loram.packing import Packed, batches
-from loram.plan import size
+from loram.plan import pruned_size, size
 from loram.prune import PruneConfig, choose, copy_companions
 from loram.taylor import Scores, random_scores, taylor_scores
 from loram.train import TrainConfig
@@ -58,13 +61,10 @@ def score(
     if corpus is None:
         random_scores(read_config(model), config.seed).save(out)
         return {}
-    packed = Packed(corpus / "train")
-    rows = range(min(config.rows, packed.rows))
-    full = load(model, dtype=torch.float32, device=place.device)
-    with _autocast(place):
-        scores = taylor_scores(full, batches(packed, rows, place.micro_batch))
+    rows, tokens = _calibration(corpus, config.rows, place)
+    scores = taylor_scores(model, rows, work=work, device=place.device, dtype=torch.bfloat16)
     scores.save(out)
-    return {"calibration_tokens": len(rows) * packed.seq_len}
+    return {"calibration_tokens": tokens, "peak_memory_bytes": place.peak_memory()}
 
 
 def prune(
@@ -76,6 +76,39 @@ def prune(
     loram.prune.prune(model, out, kept)
     before, after = size(full).total, size(read_config(out)).total
     return {"parameters": before, "pruned_parameters": after, "reduction": before / after}
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """prune: what to remove. rows: packed corpus rows used for calibration."""
+
+    prune: PruneConfig
+    rows: int
+
+
+def sparsify(
+    config: SparsifyConfig, *, model: str, corpus: Path, out: Path, work: Path, place: Place
+) -> Metrics:
+    """Remove single weights by SparseGPT; the copy keeps its shapes, and its masks beside it."""
+    rows, tokens = _calibration(corpus, config.rows, place)
+    found = loram.sparse.sparsify(model, out, rows, config.prune, work=work, device=place.device)
+    full = read_config(model)
+    before, after = size(full).total, pruned_size(full, config.prune).total
+    counts = {"parameters": before, "pruned_parameters": after, "reduction": before / after}
+    return found | counts | {"calibration_tokens": tokens}
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """nf4: quantise the survivors; else they stay in bf16."""
+
+    nf4: bool
+
+
+def pack(config: PackConfig, *, model: Path, out: Path, work: Path, place: Place) -> Metrics:
+    """Keep only the survivors of a sparse model and a bit for each of its weights."""
+    loram.sparse.pack(model, out, config.nf4)
+    return {"bytes": sum(file.stat().st_size for file in out.glob("model-*.safetensors"))}
 
 
 def align(
@@ -173,5 +206,8 @@ def evaluate(
     return metrics
 
 
-def _autocast(place: Place) -> torch.autocast:
-    return torch.autocast(place.device, dtype=torch.bfloat16)
+def _calibration(corpus: Path, count: int, place: Place) -> tuple[Iterator[Batch], int]:
+    """The first packed rows of the corpus, and their number of tokens."""
+    packed = Packed(corpus / "train")
+    rows = range(min(count, packed.rows))
+    return batches(packed, rows, place.micro_batch), len(rows) * packed.seq_len

@@ -17,8 +17,10 @@ import loram.prune
 from loram.adapter import AdapterConfig, attach, merge, open_adapted, recover
 from loram.errors import UserError
 from loram.kept import Kept, Slice, head_dim
-from loram.model import PREFIX, load, read_config, register, save
+from loram.model import load, read_config, register, save
 from loram.prune import PruneConfig, choose, prune
+from loram.pruned import PREFIX
+from loram.shards import Checkpoint
 from loram.taylor import random_scores
 from tests.conftest import FAMILIES, tiny_model
 
@@ -196,9 +198,9 @@ def test_pruned_directory_reloads_bit_equal(family, keep, tmp_path):
     model = load(tmp_path / "pruned", dtype=torch.float32)
     save(model, tmp_path / "again")
     kept.save(tmp_path / "again")
-    first, again = (load_file(tmp_path / d / "model.safetensors") for d in ("pruned", "again"))
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    first, again = (Checkpoint(tmp_path / d) for d in ("pruned", "again"))
+    assert set(first.names()) == set(again.names())
+    assert all(torch.equal(first.read(name), again.read(name)) for name in first.names())
     reloaded = load(tmp_path / "again", dtype=torch.float32)
     assert torch.equal(logits(model), logits(reloaded))
     assert all(

@@ -1,12 +1,11 @@
 """The size rule, the choice of groups, and Taylor scores against their definition."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from loram.errors import UserError
 from loram.kept import head_dim
+from loram.model import save
 from loram.prune import PruneConfig, choose, score, widths
 from loram.taylor import Scores
 from tests.conftest import FAMILIES, tiny_model
@@ -37,7 +36,7 @@ def test_size_rule(heads, kv, size, ratio, multiple, kept_kv, kept):
         ({"ratio": -0.1}, r"prune.ratio: found -0.1"),
         ({"ratio": float("nan")}, r"prune.ratio: found nan"),
         ({"ratio": 0.995}, r"prune.ratio: found 0.995, which leaves .* 0 neurons"),
-        ({"method": "struct"}, "prune.method: found 'struct'; accepted: rand, stru"),
+        ({"method": "struct"}, "prune.method: found 'struct'; accepted: rand, stru, semi, unst"),
     ],
 )
 def test_impossible_cuts_are_refused(change, message):
@@ -67,13 +66,14 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_taylor_scores(family):
+def test_taylor_scores(family, tmp_path):
     """Against the definition, weight by weight of every group, through HF's own loss.
 
     With KV heads that are told apart by groups: folded groups give other numbers.
     """
     model = tiny_model(family)
-    got = score(model, [batch()], PruneConfig(method="stru"))
+    save(model, tmp_path)
+    got = score(tmp_path, [batch()], PruneConfig(method="stru"))
     config = model.config
     dim, group = head_dim(config), config.num_attention_heads // config.num_key_value_heads
     model.requires_grad_(True)
@@ -96,27 +96,30 @@ def test_taylor_scores(family):
             for q in range(kv * group, kv * group + group):
                 rows = slice(q * dim, q * dim + dim)
                 expected += saliency(attn.q_proj)[rows].sum() + saliency(attn.o_proj)[:, rows].sum()
-            assert got.kv_heads[i, kv] == pytest.approx(float(expected), rel=2e-4)
+            assert got.kv_heads[i, kv] == pytest.approx(float(expected), rel=1e-5)
         expected = saliency(mlp.gate_proj).sum(1) + saliency(mlp.up_proj).sum(1)
-        assert torch.allclose(got.neurons[i], expected + saliency(mlp.down_proj).sum(0), rtol=2e-4)
+        assert torch.allclose(got.neurons[i], expected + saliency(mlp.down_proj).sum(0), rtol=1e-5)
 
 
 def test_scores_survive_files(tmp_path):
-    scores = score(tiny_model("qwen2"), [], PruneConfig(method="rand", seed=4))
+    save(tiny_model("qwen2"), tmp_path)
+    scores = score(tmp_path, [], PruneConfig(method="rand", seed=4))
     scores.save(tmp_path)
     again = Scores.load(tmp_path)
     assert torch.equal(scores.kv_heads, again.kv_heads)
     assert torch.equal(scores.neurons, again.neurons)
-    other = score(tiny_model("qwen2"), [], PruneConfig(method="rand", seed=5))
+    other = score(tmp_path, [], PruneConfig(method="rand", seed=5))
     assert not torch.equal(scores.neurons, other.neurons)
 
 
-def test_bad_calibration_is_refused():
+def test_bad_calibration_is_refused(tmp_path):
     model = tiny_model("llama")
+    save(model, tmp_path)
     silent = batch() | {"labels": torch.full((3, 20), -100)}
     with pytest.raises(ValueError, match="no token to predict"):
-        score(model, [silent], PruneConfig())
+        score(tmp_path, [silent], PruneConfig())
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 3] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
-        score(model, [batch()], dataclasses.replace(PruneConfig(), method="stru"))
+    save(model, tmp_path)
+    with pytest.raises(ValueError, match="NaN or Inf in .* model.layers.2"):
+        score(tmp_path, [batch()], PruneConfig(method="stru"))

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loram.adapter import AdapterConfig, recover
-from loram.model import pruned_config
 from loram.plan import meta_model
 from loram.prune import PruneConfig, choose
+from loram.pruned import pruned_config
 from loram.taylor import random_scores
 from pipelines.shapes import SHAPES
 from tests.benchmarks import keep

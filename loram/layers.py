@@ -1,0 +1,138 @@
+"""A model of which one decoder layer is in memory at a time, and activations that wait on disk."""
+
+import copy
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from loram.loss import Batch
+from loram.model import read_config
+from loram.pruned import meta_model
+from loram.shards import Checkpoint
+
+
+class Layers:
+    """The decoder of a checkpoint, layer by layer.
+
+    The layers are transformers' own classes, and their arguments (rotary embeddings, the mask that
+    keeps packed documents apart, a sliding window) are what transformers' own forward pass hands
+    to them, so nothing of a model family is written down here.
+
+    Args:
+        source: directory or hub id of a full or pruned model, not quantised.
+        dtype: dtype of the weights in memory.
+    """
+
+    def __init__(
+        self, source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
+        self.config = read_config(source)
+        self.checkpoint = Checkpoint(source)
+        self.dtype, self.device = dtype, torch.device(device)
+        model = meta_model(self.config)
+        self._layers, self._embed, self._norm = (
+            model.model.layers,
+            model.model.embed_tokens,
+            model.model.norm,
+        )
+        self._head = model.get_output_embeddings()
+        self._trunk = model.model
+        self._trunk.layers = nn.ModuleList(_Ask() for _ in self._layers)
+        self._trunk.norm = nn.Identity()
+        with self.device:  # its frequencies are computed, not loaded
+            self._trunk.rotary_emb = type(self._trunk.rotary_emb)(config=self.config)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def layer(self, i: int) -> nn.Module:
+        """Layer `i` with its weights; what is dropped by the caller leaves memory."""
+        return self._filled(self._layers[i], f"model.layers.{i}").eval()
+
+    def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """The inputs of layer 0, (batch, seq_len, hidden), for each batch."""
+        embed = self._filled(self._embed, "model.embed_tokens")
+        for batch in batches:
+            yield embed(batch["input_ids"].to(self.device))
+
+    def arguments(self, i: int, hidden: Tensor, batch: Batch) -> dict[str, Any]:
+        """What layer `i` is called with, beside its input `hidden`."""
+        positions = batch["position_ids"].to(self.device)
+        self._trunk(inputs_embeds=hidden, position_ids=positions, use_cache=False)
+        asked, self._trunk.layers[i].given = self._trunk.layers[i].given, {}
+        return asked
+
+    def head(self) -> tuple[nn.Module, nn.Module]:
+        """The final norm and the output head."""
+        tied = "lm_head.weight" not in self.checkpoint.names()
+        name = "model.embed_tokens" if tied else "lm_head"
+        return self._filled(self._norm, "model.norm"), self._filled(self._head, name)
+
+    def _filled(self, module: nn.Module, name: str) -> nn.Module:
+        weights = {
+            full.removeprefix(f"{name}."): self.checkpoint.read(full).to(self.device, self.dtype)
+            for full in self.checkpoint.names(name)
+        }
+        filled = copy.deepcopy(module)
+        filled.load_state_dict(weights, assign=True)
+        return filled.requires_grad_(False)
+
+
+class _Ask(nn.Module):
+    """Stands where a layer was and remembers what it was called with."""
+
+    given: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **given: Any) -> Tensor:
+        self.given = given
+        return hidden
+
+
+class Spool:
+    """Tensors that wait on disk under a name, one for each batch; a name is there whole or not."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+
+    def write(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Write one tensor a batch; after a crash half-way nothing of it counts."""
+        partial = self.directory / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for number, tensor in enumerate(tensors):
+            save_file({"x": tensor.contiguous().cpu()}, partial / f"{number:06d}.safetensors")
+        self.drop(name)
+        partial.rename(self.directory / name)
+
+    def read(self, name: str, number: int) -> Tensor:
+        return load_file(self.directory / name / f"{number:06d}.safetensors")["x"]
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.directory.glob("*") if path.suffix != ".partial"}
+
+    def drop(self, name: str) -> None:
+        shutil.rmtree(self.directory / name, ignore_errors=True)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def forward(
+    layers: Layers, i: int, layer: nn.Module, batches: list[Batch], spool: Spool
+) -> Iterator[Tensor]:
+    """The outputs of layer `i`, batch by batch, for the `input-<i>` in the spool.
+
+    Raises:
+        ValueError: NaN or Inf; names the layer.
+    """
+    for number, batch in enumerate(batches):
+        hidden = spool.read(f"input-{i}", number).to(layers.device)
+        output = layer(hidden, **layers.arguments(i, hidden, batch))
+        if not output.isfinite().all():
+            raise ValueError(f"NaN or Inf in the weights or activations of model.layers.{i}")
+        yield output

@@ -1,0 +1,63 @@
+"""The masked update: s * (B A) * M, LoRA that stays where weights survived.
+
+It follows from the paper's equations for Semi and Unst, and from no released code. The plain update
+is the default; this one is no longer of low rank, so stock PEFT must not open it as if it were:
+its `peft_type` is one that PEFT refuses by name. Merged, it is in every tool.
+"""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from loram.errors import refuse
+from loram.masks import layer_masks, unpacked
+
+PEFT_TYPE = "LORAM_MASKED"
+
+
+class MaskedLora(Linear):
+    """PEFT's LoRA around a linear, with a packed mask on the product of its factors."""
+
+    bits: Tensor
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(..., in) -> (..., out). The masked product exists in full while it is used."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        out = self.base_layer(x)
+        for name in self.active_adapters:
+            factors = self.lora_A[name].weight, self.lora_B[name].weight
+            dropped = self.lora_dropout[name](x).to(factors[0].dtype)
+            update = checkpoint(_product, dropped, *factors, self.bits, use_reentrant=False)
+            out = out + (self.scaling[name] * update).to(out.dtype)
+        return out
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s * (B A) * M, what merging adds to the weight."""
+        return super().get_delta_weight(adapter) * unpacked(self.bits, self.in_features)
+
+
+def set_masks_(model: nn.Module, directory: str | Path) -> None:
+    """Give every `MaskedLora` of a PEFT model its mask from a pruned model or an adapter.
+
+    Raises:
+        UserError: there is none for one of them.
+    """
+    masks: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLora):
+            name = name.removeprefix("base_model.model.")
+            layer = name.split(".")[2]
+            if name not in masks and layer.isdigit():
+                masks |= layer_masks(directory, int(layer))
+            if name not in masks:
+                refuse("adapter.masked", f"{directory} without a mask for {name}", "semi, unst")
+            bits = masks.pop(name).to(module.lora_A["default"].weight.device)
+            module.register_buffer("bits", bits, persistent=False)
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor, bits: Tensor) -> Tensor:
+    return F.linear(x, (b @ a) * unpacked(bits, a.shape[1]))

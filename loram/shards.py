@@ -1,0 +1,76 @@
+"""A checkpoint tensor by tensor, in and out: no more of it in memory than is being worked on."""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loram.model import local
+
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The safetensors of a model directory (or hub id), read by name.
+
+    Files are memory-mapped: what is read and dropped again is never part of a process's own memory.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.path = local(source)
+        self._files = {}
+        for file in sorted(self.path.glob("model*.safetensors")):
+            opened = safe_open(file, framework="pt")
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+
+    def names(self, part: str = "") -> list[str]:
+        """Names of all tensors, or of those of a part such as `model.layers.3`."""
+        return [name for name in self._files if not part or name.startswith(f"{part}.")]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype."""
+        return self._files[name].get_tensor(name)
+
+    def parts(self) -> list[str]:
+        """What to read together: each decoder layer, and every tensor outside of them."""
+        found: dict[str, None] = {}
+        for name in self._files:
+            pieces = name.split(".")
+            found[".".join(pieces[:3]) if pieces[1] == "layers" else name] = None
+        return list(found)
+
+
+def write_part(out: Path, part: str, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors of one part to a file of their own; there whole, or not at all."""
+    file = part_file(out, part)
+    save_file(tensors, file.with_suffix(".partial"), metadata={"format": "pt"})
+    file.with_suffix(".partial").rename(file)
+
+
+def part_file(out: Path, part: str) -> Path:
+    """Where `write_part` puts a part: `model-layers-00003.safetensors`, `model-norm...`."""
+    pieces = part.removeprefix("model.").removesuffix(".weight").split(".")
+    pieces = [f"{int(piece):05d}" if piece.isdigit() else piece for piece in pieces]
+    return Path(out) / f"model-{'-'.join(pieces)}.safetensors"
+
+
+def write_index(out: Path) -> None:
+    """Write the index that makes the parts in `out` one checkpoint for every loader."""
+    names, total = {}, 0
+    for file in sorted(Path(out).glob("model-*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                names[name] = file.name
+                tensor = opened.get_slice(name)
+                total += _size(tensor.get_dtype(), tensor.get_shape())
+    listing = {"metadata": {"total_size": total}, "weight_map": names}
+    (Path(out) / INDEX).write_text(json.dumps(listing, indent=1, sort_keys=True))
+
+
+def _size(dtype: str, shape: list[int]) -> int:
+    size = int("".join(c for c in dtype if c.isdigit()) or 8) // 8
+    for width in shape:
+        size *= width
+    return size

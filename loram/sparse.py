@@ -1,0 +1,188 @@
+"""SparseGPT over a whole model, one decoder layer in memory at a time.
+
+Each layer is pruned from the inputs that it gets from the layers pruned before it, so that it can
+make up for their errors too. q, k and v share their inputs, and gate and up theirs: four Hessians.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loram.errors import refuse
+from loram.kept import Kept
+from loram.layers import Layers, Spool, forward
+from loram.loss import Batch
+from loram.masks import layer_file, layer_masks, packed, unpacked
+from loram.model import read_config
+from loram.packed import stored
+from loram.prune import PruneConfig, copy_companions, pattern
+from loram.pruned import packed_config
+from loram.shards import Checkpoint, part_file, write_index, write_part
+from loram.sparsegpt import DAMPING, Hessian, Pattern, factor, sparsify_
+
+DAMPINGS = "dampings.json"
+# What has the same inputs, in the order of pruning; the widest Hessian comes last, when the others
+# are gone.
+SHARED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@torch.no_grad()
+def sparsify(
+    source: str | Path,
+    out: Path,
+    batches: Iterable[Batch],
+    config: PruneConfig,
+    *,
+    work: Path | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Write `source` with single weights of every decoder layer removed to `out`.
+
+    `out` becomes an ordinary model directory of the same shapes, with exact zeros, the masks beside
+    it (`loram.masks`), weights in their dtype. Peak memory: one layer in float32, its Hessians, the
+    factor of one, and the activations of one batch.
+
+    Args:
+        source: directory or hub id of the full model.
+        batches: calibration, dicts of int64 (batch, seq_len): input_ids, labels, position_ids.
+        work: where activations and finished layers wait; a call with the same directory after a
+            crash goes on at the layer it had reached.
+
+    Returns: highest_damping: share of the mean diagonal that made every Hessian positive definite;
+        raised_dampings: how many matrices took more than 0.01.
+
+    Raises:
+        UserError: the pattern does not divide a matrix.
+        ValueError: no calibration tokens, or NaN or Inf came out of a layer (named).
+    """
+    if work is None:
+        with TemporaryDirectory(dir=out.parent) as directory:
+            return sparsify(source, out, batches, config, work=Path(directory), device=device)
+    batches, removed = list(batches), pattern(config)
+    if not batches:
+        raise ValueError("there are no calibration rows")
+    layers, spool, done = Layers(source, device=device), Spool(work / "activations"), work / "done"
+    done.mkdir(parents=True, exist_ok=True)
+    report = done / DAMPINGS
+    if not spool.names():
+        spool.write("input-0", layers.embedded(batches))
+    reached = next(i for i in range(len(layers) + 1) if f"input-{i}" in spool.names())
+    for i in range(reached, len(layers)):
+        layer, part = layers.layer(i), f"model.layers.{i}"
+        _check(layer, part, removed)
+        hessians = _hessians(layers, i, layer, batches, spool)
+        masks, dampings = {}, {}
+        for names in SHARED:
+            upper, dead, damping = factor(hessians.pop(names[0]).matrix)
+            dampings[f"{part}.{names[0]}"] = damping
+            for name in names:
+                weight = layer.get_submodule(name).weight
+                masks[f"{part}.{name}"] = packed(sparsify_(weight, upper, dead, removed))
+            del upper
+        tensors = {}
+        for name, tensor in layer.state_dict().items():
+            stored = tensor.to(layers.checkpoint.read(f"{part}.{name}").dtype)
+            tensor.copy_(stored)  # what follows sees the weights as they are kept
+            tensors[f"{part}.{name}"] = stored.cpu()
+        write_part(done, part, tensors)
+        save_file(masks, layer_file(done, i))
+        report.write_text(json.dumps(_read(report) | dampings))
+        spool.write(f"input-{i + 1}", forward(layers, i, layer, batches, spool))
+        spool.drop(f"input-{i}")
+    _finish(layers, done, out)
+    found = _read(report)
+    spool.clear()
+    return {
+        "highest_damping": max(found.values()),
+        "raised_dampings": sum(damping > DAMPING for damping in found.values()),
+    }
+
+
+def pack(source: Path, out: Path, nf4: bool) -> None:
+    """Write a sparse model in packed form, layer by layer; `loram.load` opens it.
+
+    Args:
+        source: directory that `loram.sparse.sparsify` wrote, aligned or not.
+        nf4: quantise the survivors to NF4 with double quantisation; else they stay in bf16.
+
+    Raises:
+        UserError: the model has no masks.
+    """
+    checkpoint, out = Checkpoint(source), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    survivors: dict[str, int] = {}
+    for part in checkpoint.parts():
+        tensors = {name: checkpoint.read(name) for name in checkpoint.names(part) or [part]}
+        layer = part.rpartition(".")[2]
+        masks = layer_masks(source, int(layer)) if layer.isdigit() else {}
+        for module, bits in masks.items():
+            weight = tensors.pop(f"{module}.weight")
+            values = weight[unpacked(bits, weight.shape[1])].to(torch.bfloat16)
+            survivors[module] = len(values)
+            tensors[f"{module}.bits"] = bits
+            tensors |= stored(module, values, nf4)
+        write_part(out, part, tensors)
+    if not survivors:
+        refuse("model", f"{source} without masks", "a model that SparseGPT pruned")
+    write_index(out)
+    packed_config(read_config(source), survivors, nf4).save_pretrained(out)
+    copy_companions(checkpoint.path, out)
+
+
+def _check(layer: nn.Module, part: str, removed: Pattern) -> None:
+    for names in SHARED:
+        for name in names:
+            linear = layer.get_submodule(name)
+            removed.check(linear.in_features, f"{part}.{name}")
+            if not linear.weight.isfinite().all():
+                raise ValueError(f"NaN or Inf in the weights of {part}.{name}")
+
+
+def _hessians(
+    layers: Layers, i: int, layer: nn.Module, batches: list[Batch], spool: Spool
+) -> dict[str, Hessian]:
+    """Of the inputs of each group of `SHARED`, under the group's first name."""
+    hessians, hooks = {}, []
+    for names in SHARED:
+        linear = layer.get_submodule(names[0])
+        hessian = hessians[names[0]] = Hessian(linear.in_features, layers.device)
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], to: Hessian = hessian) -> None:
+            to.add(inputs[0])
+
+        hooks.append(linear.register_forward_pre_hook(add))
+    for _ in forward(layers, i, layer, batches, spool):
+        pass
+    for hook in hooks:
+        hook.remove()
+    return hessians
+
+
+def _finish(layers: Layers, done: Path, out: Path) -> None:
+    """The finished layers, with the rest of the model as it is, become a model directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    for part in layers.checkpoint.parts():
+        if not part_file(done, part).exists():
+            tensor = {part: layers.checkpoint.read(part)}
+            write_part(done, part, tensor)
+    write_index(done)
+    for file in done.iterdir():
+        os.link(file, out / file.name)  # a crash in between loses no layer
+    layers.config.save_pretrained(out)
+    copy_companions(layers.checkpoint.path, out)
+    Kept.whole(layers.config).save(out)
+
+
+def _read(report: Path) -> dict[str, float]:
+    return dict(json.loads(report.read_text())) if report.exists() else {}

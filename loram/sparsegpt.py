@@ -1,0 +1,118 @@
+"""SparseGPT (Frantar and Alistarh, 2023): remove single weights, and let the others make up for it.
+
+For one matrix at a time, from the second moments of its inputs. `sparsify_` is the algorithm;
+`Hessian` gathers what it needs; `pattern` says what is removed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loram.errors import refuse
+
+BLOCK = 128  # columns between two updates of all columns to their right
+DAMPING = 0.01  # of the mean of the Hessian's diagonal
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What to remove: `zeros` in every group of `group` consecutive inputs of a row (n:m), or,
+    without a group, the `ratio` of all weights in a block of 128 columns."""
+
+    ratio: float
+    zeros: int = 0
+    group: int = 0
+
+    def survivors(self, rows: int, columns: int) -> int:
+        """How many weights of a matrix stay."""
+        widths = [min(BLOCK, columns - start) for start in range(0, columns, BLOCK)]
+        if self.group:
+            return rows * columns // self.group * (self.group - self.zeros)
+        return sum(rows * width - int(rows * width * self.ratio) for width in widths)
+
+    def check(self, columns: int, name: str) -> None:
+        """Refuse a matrix whose inputs are not whole groups."""
+        if self.group and columns % self.group:
+            refuse(
+                "prune.pattern",
+                f"{self.zeros}:{self.group}, which does not divide the {columns} inputs of {name}",
+                f"a pattern whose second number divides {columns}",
+            )
+
+
+class Hessian:
+    """X X^T over all calibration tokens of one input, float32, (inputs, inputs).
+
+    The constant factor of the reference's 2 / n changes neither mask nor update.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.matrix = torch.zeros(inputs, inputs, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Take account of activations (..., inputs)."""
+        x = x.detach().flatten(0, -2).float()
+        self.matrix.addmm_(x.T, x)
+
+
+def factor(hessian: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The upper Cholesky factor of the damped inverse Hessian; overwrites `hessian`.
+
+    Returns: the factor (inputs, inputs); which inputs never were non-zero; the damping used, as a
+        share of the mean diagonal: 0.01, or ten times as much as often as it takes to make the
+        Hessian positive definite.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    damping, step = 0.0, float(diagonal.mean())
+    while True:
+        wanted = 10 * damping or DAMPING
+        diagonal += (wanted - damping) * step
+        damping = wanted
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper, dead, damping
+
+
+def sparsify_(
+    weight: Tensor, upper: Tensor, dead: Tensor, pattern: Pattern, block: int = BLOCK
+) -> Tensor:
+    """Prune a matrix in place, column by column; the error of each goes to the columns after it.
+
+    Args:
+        weight: float32 (out, in).
+        upper, dead: from `factor`.
+
+    Returns: the mask, bool (out, in), True where a weight survived; others are exact zeros.
+    """
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    weight[:, dead] = 0
+    block -= block % (pattern.group or 1)
+    for start in range(0, weight.shape[1], block):
+        columns = slice(start, min(start + block, weight.shape[1]))
+        # Columns as rows: what the loop touches then lies side by side in memory.
+        w, keep = weight[:, columns].T.contiguous(), mask[:, columns].T.contiguous()
+        u = upper[columns, columns].contiguous()
+        scale = u.diagonal().square().unsqueeze(1)
+        if not pattern.group:
+            removed = int(w.numel() * pattern.ratio)
+            lowest = (w.square() / scale).flatten().topk(removed, largest=False, sorted=False)
+            keep.view(-1)[lowest.indices] = False
+        errors = torch.empty_like(w)
+        for i in range(len(w)):
+            if pattern.group and i % pattern.group == 0:
+                near = slice(i, i + pattern.group)
+                lowest = (w[near].square() / scale[near]).topk(pattern.zeros, 0, largest=False)
+                keep[near].scatter_(0, lowest.indices, False)
+            torch.mul(w[i], ~keep[i], out=errors[i])
+            errors[i] /= u[i, i]
+            w[i:].addr_(u[i, i:], errors[i], alpha=-1)
+        weight[:, columns] = w.mul_(keep).T
+        mask[:, columns] = keep.T
+        weight[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
+    return mask
