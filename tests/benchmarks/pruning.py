@@ -47,7 +47,7 @@ from pipelines.assets import MODEL, home
 from tests.benchmarks import RESULTS, keep
 
 BASE = home() / "assets" / MODEL
-SEQ_LEN, CALIBRATION, EVALUATION = 512, 32, 16
+SEQ_LEN, CALIBRATION, ROWS = 512, 32, 48
 STRUCTURED = [PruneConfig("stru", share) for share in (0.2, 0.35, 0.5, 0.65)]
 SPARSE = [PruneConfig("semi", pattern="2:4"), PruneConfig("semi"), PruneConfig("unst", 0.5)]
 SPARSE.append(PruneConfig("unst", 0.55))
@@ -75,7 +75,7 @@ def main() -> None:
                 model = run(method, list(batches(rows, range(CALIBRATION), 4)), root)
                 seconds = time.perf_counter() - began
                 found = {
-                    domain: perplexity(model, batches(packed, range(CALIBRATION, 48), 4))
+                    domain: perplexity(model, batches(packed, range(CALIBRATION, ROWS), 4))
                     for domain, packed in (
                         ("in", text(root, "c4.jsonl", 99)),
                         ("out", text(root, "wiki.txt", 0)),
@@ -104,7 +104,7 @@ def cells(references: Path | None) -> Iterator[tuple[PruneConfig, str, Run]]:
 
 def text(root: Path, file: str, seed: int) -> Packed:
     """48 packed rows of a file's documents, from a place that the seed says; the last 16 are for
-    evaluation, and no calibration of seeds 0 to 9 reads them."""
+    evaluation, and no calibration of seeds 0 to 3 reads them."""
     where = root / f"{file}-{seed}"
     if not where.exists():
         lines = (home() / "assets" / file).read_text().splitlines()
@@ -113,7 +113,7 @@ def text(root: Path, file: str, seed: int) -> Packed:
         tokenizer = load_tokenizer(BASE)
         documents = [encode_text(line, tokenizer) for line in lines if line.strip()]
         skip = len(documents) // 2 if seed == 99 else seed * len(documents) // 8
-        rows = [row for row, _ in zip(cut(documents[skip:], SEQ_LEN), range(48), strict=False)]
+        rows = [row for row, _ in zip(cut(documents[skip:], SEQ_LEN), range(ROWS), strict=False)]
         write_packed(where, rows, seq_len=SEQ_LEN, pad_id=0)
     return Packed(where)
 
