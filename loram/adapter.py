@@ -73,18 +73,14 @@ def attach(
     return adapted
 
 
-def save_adapter(model: PeftModel, out: Path, masks: str | Path | None = None) -> None:
-    """Write the adapter alone: a stock PEFT directory, or for a masked update one with its masks.
-
-    Args:
-        masks: as for `attach`.
-    """
+def save_adapter(model: PeftModel, out: Path) -> None:
+    """Write the adapter alone: a stock PEFT directory, or, of a masked update, one with masks."""
     model.save_pretrained(out, save_embedding_layers=False)
     config = json.loads((out / CONFIG).read_text())
     config["target_modules"].sort()  # peft keeps a set
     if any(isinstance(module, MaskedLora) for module in model.modules()):
         config["peft_type"] = PEFT_TYPE
-        copy_masks(masks or model.get_base_model().name_or_path, out)
+        copy_masks(model.get_base_model().name_or_path, out)
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 

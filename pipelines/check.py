@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from loram.errors import refuse
 from loram.model import check_weights, load_tokenizer, read_config
 from loram.plan import planned_config, size
-from loram.prune import METHODS, STRUCTURED, PruneConfig, widths
+from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
 from pipelines import tracking
 from pipelines.assets import home
@@ -86,12 +86,8 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
 
 
 def _check_pruning(config: PreTrainedConfig, prune: PruneConfig, masked: bool) -> None:
-    structured = prune.method in STRUCTURED
-    if structured or prune.method not in METHODS:
-        widths(config, prune)
-    else:
-        planned_config(config, prune)
-    if masked and structured:
+    planned_config(config, prune)
+    if masked and prune.method in STRUCTURED:
         refuse("adapter.masked", f"true with prune.method {prune.method}", "semi, unst")
 
 
