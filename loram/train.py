@@ -33,7 +33,8 @@ class TrainConfig:
     steps: optimiser steps. lr: peak of linear warm-up and cosine to 0. global_batch: rows a step,
     over all processes. seq_len: tokens a row. warmup_steps: at most half of `steps` is used.
     clip: largest norm of the gradient. eval_every: steps between held-out evaluations, at which
-    also a checkpoint is written.
+    also a checkpoint is written. stop: end after that step of the schedule, which stays that of
+    `steps`; None: at its end.
     """
 
     steps: int
@@ -45,6 +46,12 @@ class TrainConfig:
     clip: float = 1.0
     eval_every: int = 50
     seed: int = 0
+    stop: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The step after which training ends."""
+        return self.steps if self.stop is None else self.stop
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def train(
     if extra:
         raise ValueError(f"a global batch of {config.global_batch} over {size} processes")
     batches = iter(batches)
-    for step in range(start, config.steps):
+    for step in range(start, config.last):
         began = time.perf_counter()
         torch.manual_seed(_seed(config.seed, step, rank))
         module.train()

@@ -97,6 +97,8 @@ def _check_training(
     _at_least(f"{name}.steps", train.steps, 0)
     _at_least(f"{name}.warmup_steps", train.warmup_steps, 0)
     _at_least(f"{name}.eval_every", train.eval_every, 1)
+    if train.stop is not None and not 1 <= train.stop <= train.steps:
+        refuse(f"{name}.stop", train.stop, f"1 to {train.steps}, the steps of {name}")
     for key in ("lr", "clip"):
         if not 0 < getattr(train, key) < float("inf"):
             refuse(f"{name}.{key}", getattr(train, key), "a number above 0")

@@ -49,6 +49,7 @@ from pipelines.step import Metrics
 from pipelines.stream import stream
 
 RUN = "run"  # Ray Train's directory under `work`
+STATE = "state"  # what a training that was to stop leaves: a work directory to go on from
 RETRIES = 2  # restarts after a lost or failed worker
 
 
@@ -144,6 +145,8 @@ def fit(
         result.best_checkpoints, key=lambda kept: (kept[1]["held_out_loss"], kept[1]["step"])
     )
     _export(job, Path(best.path), out)
+    if config.stop is not None:
+        shutil.copytree(work, out / STATE)
     return summary(work / CURVE) | {
         "held_out_loss": scores["held_out_loss"],
         "best_step": scores["step"],
@@ -168,7 +171,7 @@ def _work(job: Job) -> dict[str, Any]:
 
     share = config.global_batch // size
     steps = order(job.train.rows, config.steps * config.global_batch, config.seed)
-    ids = steps.reshape(config.steps, size, share)[start:, rank]
+    ids = steps.reshape(config.steps, size, share)[start : config.last, rank]
     rows = stream(job.train, ids.ravel(), place.micro_batch)
     rows = chain(list(islice(rows, 1)), rows)  # waits until Ray Data has started
     seen = go_on(job.work / f"rows-{rank}.jsonl", start)
@@ -180,7 +183,7 @@ def _work(job: Job) -> dict[str, Any]:
                 raise RuntimeError(f"step {log.step}: other rows arrived than were asked for")
             append(seen, {"step": log.step, "workers": size, "rows": log.rows})
             append(curve, _line(job, log))
-            if log.step % config.eval_every and log.step < config.steps:
+            if log.step % config.eval_every and log.step < config.last:
                 continue
             held_out = perplexity(module, _held_out(job))["loss"]
             append(curve, {"step": log.step, "time": time.time(), "held_out_loss": held_out})

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 # Progress bars and logs of libraries would bury ours; set before they are imported.
@@ -47,14 +48,21 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(words)
     if "=" in options.recipe:
         options.recipe, options.changes = "small", [options.recipe, *options.changes]
+
+    def go() -> int:
+        recipe = resolve(options.recipe, options.changes)
+        store = Store(Path(recipe.store or home() / "store").absolute())
+        return dry_run(recipe, store) if options.dry_run else run(recipe, store)
+
+    return command(go)
+
+
+def command(go: Callable[[], int]) -> int:
+    """Run a command quietly; a failure becomes one line and an exit status."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
-        recipe = resolve(options.recipe, options.changes)
-        store = Store(Path(recipe.store or home() / "store").absolute())
-        if options.dry_run:
-            return dry_run(recipe, store)
-        return run(recipe, store)
+        return go()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -79,7 +79,7 @@ def write(
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.svg")
         figure.savefig(out / f"{name}.png", dpi=150)
-    images = "".join(_image(figure) for figure in pictures.values())
+    images = "".join(image(figure) for figure in pictures.values())
     for figure in pictures.values():
         plt.close(figure)
     head = [name for name, _ in COLUMNS]
@@ -88,15 +88,15 @@ def write(
         "<!doctype html><html lang=en><meta charset=utf-8>"
         f"<title>LoRAM: {html.escape(str(recipe['name']))}</title><style>{STYLE}</style>"
         f"<h1>LoRAM: {html.escape(str(recipe['name']))}</h1>"
-        + _html_table(head, body)
+        + html_table(head, body)
         + "".join(f"<p>{html.escape(note)}</p>" for note in notes(rows))
         + images
         + "<h2>Steps</h2>"
-        + _html_table(["step", "key", "seconds"], [[n, k, f"{s:,.1f}"] for n, k, s in steps])
+        + html_table(["step", "key", "seconds"], [[n, k, f"{s:,.1f}"] for n, k, s in steps])
         + "<h2>Recipe</h2>"
-        + _html_table(["key", "value"], [[k, str(v)] for k, v in recipe.items()])
+        + html_table(["key", "value"], [[k, str(v)] for k, v in recipe.items()])
         + "<h2>Versions</h2>"
-        + _html_table(["library", "version"], [[k, v] for k, v in versions.items()])
+        + html_table(["library", "version"], [[k, v] for k, v in versions.items()])
     )
     (out / "report.html").write_text(page)
 
@@ -110,7 +110,9 @@ img { max-width: 100%; display: block }
 """
 
 
-def _html_table(head: list[str], rows: list[list[str]]) -> str:
+def html_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of a self-contained page."""
+
     def line(cells: list[str], tag: str) -> str:
         inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
         return f"<tr>{inner}</tr>"
@@ -118,7 +120,8 @@ def _html_table(head: list[str], rows: list[list[str]]) -> str:
     return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
 
-def _image(figure: plt.Figure) -> str:
+def image(figure: plt.Figure) -> str:
+    """A picture of a self-contained page."""
     data = io.BytesIO()
     figure.savefig(data, format="svg")
     encoded = base64.b64encode(data.getvalue()).decode()

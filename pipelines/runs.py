@@ -75,11 +75,13 @@ class Runs:
         match message["op"]:
             case "begin":
                 self.state["experiment"] = self._experiment()
-                self._open(PIPELINE, message["name"], at, {}, "")
+                self._open(PIPELINE, message["name"], at, {}, "", message["params"])
             case "start":
                 parent = self.state["runs"][PIPELINE]["id"]
                 tags = {"mlflow.parentRunId": parent, "step": message["name"], "key": key}
-                self._open(key, message["name"], at, tags, message["curve"])
+                tags |= message.get("tags", {})
+                params = message.get("params", self.begin["params"])
+                self._open(key, message["name"], at, tags, message["curve"], params)
             case "finish":
                 run = self.state["runs"][key]
                 run["curve"] = message["curve"]
@@ -107,7 +109,15 @@ class Runs:
         finally:
             lock.release()
 
-    def _open(self, key: str, name: str, at: float, tags: dict[str, str], curve: str) -> None:
+    def _open(
+        self,
+        key: str,
+        name: str,
+        at: float,
+        tags: dict[str, str],
+        curve: str,
+        texts: dict[str, str],
+    ) -> None:
         own = f"{self.journal.folder.name}/{key}"
         found = self.client.search_runs([self.state["experiment"]], f"tags.`loram.id` = '{own}'")
         if found:
@@ -116,7 +126,7 @@ class Runs:
             tags = {**self.begin["tags"], **tags, "loram.id": own}
             made = self.client.create_run(self.state["experiment"], int(at * 1000), tags, name)
             run = made.info.run_id
-        params = [Param(*pair) for pair in self.begin["params"].items()]
+        params = [Param(*pair) for pair in texts.items()]
         for first in range(0, len(params), 100):
             self._call(self.client.log_batch, run, params=params[first : first + 100])
         self.state["runs"][key] = {"id": run, "curve": curve, "since": at, "sent": {}}

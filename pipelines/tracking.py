@@ -139,6 +139,23 @@ class Tracking:
                 error=redact(event.text),
             )
 
+    def begin(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """A nested run with params and tags of its own, such as a sweep's trial."""
+        self._write(op="start", key=name, name=name, curve="", params=flat(params), tags=flat(tags))
+
+    def finish(
+        self, name: str, metrics: Mapping[str, float], curve: Path | None, error: str
+    ) -> None:
+        """Close what `begin` opened; curve: its `metrics.jsonl`. An error makes it FAILED."""
+        self._write(
+            op="finish",
+            key=name,
+            status="FAILED" if error else "FINISHED",
+            curve=str(curve or ""),
+            metrics=dict(metrics),
+            error=redact(error),
+        )
+
     def scores(self, metrics: Mapping[str, float]) -> None:
         """Final numbers, on the pipeline's run."""
         self._write(op="scores", metrics=dict(metrics))

@@ -1,0 +1,89 @@
+"""What a person and MLflow see of the trials while they run."""
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipelines.recipe import Recipe, flat
+from pipelines.tracking import Tracking
+from tune.search import Outcome
+from tune.space import Value, replaced
+
+EVERY_S = 1.0
+
+
+class Follow:
+    """Follows the notes of one group's trials; a context manager around their search.
+
+    A trial's run in MLflow is open from its first note until `finish`.
+    """
+
+    def __init__(
+        self, notes: Path, tracking: Tracking, sweep: str, recipe: Recipe, say: Callable[..., None]
+    ) -> None:
+        self.notes, self.tracking, self.sweep = notes, tracking, sweep
+        self.recipe, self.say = recipe, say
+        self.open: set[str] = set()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "Follow":
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Close the trial's run with its scores and the curve of its training."""
+        self._begin(outcome.name, outcome.recipe)
+        metrics = outcome.scores | {"steps_trained": float(outcome.step)}
+        if math.isfinite(outcome.held_out_loss):
+            metrics["held_out_loss"] = outcome.held_out_loss
+        self.tracking.finish(outcome.name, metrics, outcome.curve, outcome.error)
+
+    def _follow(self) -> None:
+        at = self.notes.stat().st_size if self.notes.exists() else 0  # of an earlier driver
+        while True:
+            last = self.stopped.is_set()
+            if self.notes.exists():
+                with self.notes.open("rb") as file:
+                    file.seek(at)
+                    lines = file.read().split(b"\n")[:-1]
+                at += sum(len(line) + 1 for line in lines)
+                for line in lines:
+                    self._say(json.loads(line))
+            if last:
+                return
+            self.stopped.wait(EVERY_S)
+
+    def _say(self, note: dict[str, Any]) -> None:
+        self._begin(note["trial"], replaced(self.recipe, note["values"]))
+        text = "running"
+        if "step" in note:
+            text = note["error"] or f"step {note['step']}  held-out {note['held_out_loss']:.4f}"
+        self.say(f"  trial {note['trial']:12} {shown(note['values'])}  {text}")
+
+    def _begin(self, name: str, recipe: Recipe) -> None:
+        if name not in self.open:
+            self.open.add(name)
+            tags = {"sweep": self.sweep, "stage": "trial", "variant": recipe.prune.method}
+            self.tracking.begin(name, flat(recipe), tags)
+
+
+def shown(values: dict[str, Value]) -> str:
+    """The values on one line."""
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+    )

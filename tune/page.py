@@ -1,0 +1,158 @@
+"""What a sweep leaves: its table, its pictures, and one self-contained page."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+from pipelines.recipe import flat
+from pipelines.report import STYLE, html_table, image
+from tune.follow import shown
+from tune.plan import Plan
+from tune.search import Outcome
+from tune.space import Range, Value
+
+COLUMNS = ("steps", "held-out, small", "loss, large", "ppl out, large", "remark")
+NOTE = (
+    "held-out: loss of the small model on held-out rows of the training source, by which trials "
+    "were stopped. large: the recovered adapter on the original model, in domain (nats a trained "
+    "token) and out of domain. One seed a trial."
+)
+
+
+def best_of(outcomes: list[Outcome], metric: str) -> Outcome | None:
+    """The trial with the lowest final `metric`; None if none was evaluated."""
+    scored = [outcome for outcome in outcomes if metric in outcome.scores]
+    return min(scored, key=lambda outcome: outcome.scores[metric], default=None)
+
+
+def line(plan: Plan, outcome: Outcome) -> str:
+    """The arguments with which `pipelines/full.py` repeats the trial."""
+    values: dict[str, Any] = dict(outcome.values)
+    if outcome.recipe.sft.stop:
+        values["sft.stop"] = outcome.recipe.sft.stop
+    words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return " ".join([plan.recipe, *plan.plain, "compare=[]", *words])
+
+
+def table(plan: Plan, outcomes: list[Outcome]) -> Table:
+    """The table for a terminal, the best trial first."""
+    drawn = Table(title=f"LoRAM sweep {plan.key}", caption=NOTE, caption_justify="left")
+    head, body = _rows(plan, outcomes)
+    for name in head:
+        drawn.add_column(name, justify="left" if name in ("trial", "remark") else "right")
+    for row in body:
+        drawn.add_row(*row)
+    return drawn
+
+
+def write(out: Path, plan: Plan, outcomes: list[Outcome], versions: dict[str, str]) -> None:
+    """Write `report.html`, `trials.json` and the plots as SVG and PNG to the directory `out`."""
+    trials = [
+        {
+            "trial": o.name,
+            **o.values,
+            "steps": o.step,
+            "held_out_loss": o.held_out_loss if not o.error else None,
+            **o.scores,
+            "error": o.error,
+        }
+        for o in outcomes
+    ]
+    (out / "trials.json").write_text(json.dumps(trials, indent=1))
+    pictures = {
+        f"{plan.metric}-{key}".replace(".", "-"): _draw_scores(plan, outcomes, key)
+        for key, found in plan.space.searched.items()
+        if any(o.scores for o in outcomes)
+    }
+    if any(o.curve for o in outcomes):
+        pictures["curves"] = _draw_curves(outcomes)
+    images = ""
+    for name, figure in pictures.items():
+        figure.savefig(out / f"{name}.svg")
+        figure.savefig(out / f"{name}.png", dpi=150)
+        images += image(figure)
+        plt.close(figure)
+    (out / "report.html").write_text(
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<title>LoRAM sweep {plan.key}</title><style>{STYLE}</style>"
+        f"<h1>LoRAM sweep {plan.key}</h1>"
+        + html_table(*_rows(plan, outcomes))
+        + f"<p>{html.escape(NOTE)}</p>{images}<h2>Recipe</h2>"
+        + html_table(["key", "value"], [[k, str(v)] for k, v in flat(plan.space.recipe).items()])
+        + "<h2>Versions</h2>"
+        + html_table(["library", "version"], [[k, v] for k, v in versions.items()])
+    )
+
+
+def _rows(plan: Plan, outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
+    varied = [*plan.space.groups, *plan.space.searched]
+    body = []
+    for o in sorted(outcomes, key=lambda o: (o.scores.get(plan.metric, float("inf")), o.name)):
+        early = "stopped early" if o.step < o.recipe.sft.steps else ""
+        held_out = "-" if o.error else f"{o.held_out_loss:.4f}"
+        scores = [f"{o.scores[m]:.4f}" if m in o.scores else "-" for m in METRICS]
+        values = [_text(o.values[key]) for key in varied]
+        body.append([o.name, *values, str(o.step), held_out, *scores, o.error or early])
+    return ["trial", *varied, *COLUMNS], body
+
+
+METRICS = ("large_loss", "large_ppl_out")  # of a trial, smaller is better
+UNITS = {
+    "large_loss": "loss of the large model (nats per trained token)",
+    "large_ppl_out": "perplexity of the large model, out of domain",
+}
+
+
+def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
+    """The final metric over one searched field, a colour a group; early-stopped trials hollow."""
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    groups = plan.space.combinations()
+    for number, group in enumerate(groups):
+        mine = [o for o in outcomes if o.scores and group.items() <= o.values.items()]
+        mine.sort(key=lambda o: str(o.values[key]) if isinstance(o.values[key], str) else 0)
+        mine.sort(key=lambda o: 0 if isinstance(o.values[key], str) else o.values[key])
+        points = [(o.values[key], o.scores[plan.metric]) for o in mine]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), "-", color=f"C{number}", lw=0.8)
+        for o, point in zip(mine, points, strict=True):
+            fill = f"C{number}" if o.step == o.recipe.sft.steps else "white"
+            axes.plot(*point, "o", mec=f"C{number}", mfc=fill, ms=6)
+        axes.plot([], [], "o-", color=f"C{number}", label=shown(group) or "all trials")
+    axes.plot([], [], "o", mec="grey", mfc="white", label="stopped early")
+    base = next(o.scores["base_loss"] for o in outcomes if o.scores)
+    if plan.metric == "large_loss":
+        axes.axhline(base, ls="--", color="black", lw=1, label="base, not fine-tuned")
+    if isinstance(plan.space.searched[key], Range):
+        axes.set_xscale("log")
+    axes.set_xlabel("learning rate of SFT (sft.lr)" if key == "sft.lr" else key)
+    axes.set_ylabel(UNITS[plan.metric])
+    axes.set_title("one seed a trial", fontsize=9, loc="right")
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_curves(outcomes: list[Outcome]) -> plt.Figure:
+    """Held-out loss over steps, a line a trial."""
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for number, o in enumerate(outcomes):
+        if o.curve is None:
+            continue
+        lines = [json.loads(text) for text in o.curve.read_text().splitlines()]
+        points = [(x["step"], x["held_out_loss"]) for x in lines if "held_out_loss" in x]
+        label = shown(o.values)
+        axes.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}", label=label, ms=4)
+    axes.set_xlabel("optimiser step of SFT")
+    axes.set_ylabel("held-out loss of the small model\n(nats per trained token)")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _text(value: Value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,165 @@
+"""A sweep: `python tune/sweep.py [RECIPE] [key=1e-5..1e-3] [key=0.65,0.75] [key=value ...]`.
+
+Also as a Ray job: `ray job submit --working-dir . -- python tune/sweep.py ...`. What trials share
+(data, scores, one small model a ratio) is made once, before them. Each combination of the listed
+fields that make another small model has a search of its own (Optuna) with early stopping (ASHA),
+since the losses of unlike models do not compare. The same command goes on where it was killed.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
+
+from pipelines.full import command  # noqa: E402, I001  first: it quietens the libraries
+
+from loram.errors import refuse  # noqa: E402
+from loram.plan import size  # noqa: E402
+from pipelines import results  # noqa: E402
+from pipelines.assets import home  # noqa: E402
+from pipelines.check import check  # noqa: E402
+from pipelines.console import Console  # noqa: E402
+from pipelines.execute import CURVE, Event, execute  # noqa: E402
+from pipelines.graph import Graph, build  # noqa: E402
+from pipelines.launch import ray_launch, start_ray  # noqa: E402
+from pipelines.locate import locate  # noqa: E402
+from pipelines.recipe import flat, write_recipe  # noqa: E402
+from pipelines.step import Source, Step  # noqa: E402
+from pipelines.store import Store  # noqa: E402
+from pipelines.tracking import Tracking, local, viewer  # noqa: E402
+from tune import page  # noqa: E402
+from tune.follow import Follow, shown  # noqa: E402
+from tune.plan import Plan  # noqa: E402
+from tune.search import Outcome, capacity, search  # noqa: E402
+from tune.space import Space, replaced, space  # noqa: E402
+from tune.trial import sft_of  # noqa: E402
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(description="Which learning rate, which pruning ratio?")
+    parser.add_argument("recipe", nargs="?", default="small", help="a name, or a recipe.json")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="LOW..HIGH, a,b,c or value")
+    parser.add_argument("--trials", type=int, default=8, help="in each search (8)")
+    parser.add_argument("--metric", default=page.METRICS[0], help=" or ".join(page.METRICS))
+    parser.add_argument("--seed", type=int, default=0, help="of the search")
+    parser.add_argument("--concurrent", type=int, help="trials at a time (as many as fit)")
+    given = parser.parse_intermixed_args(words)
+    if "=" in given.recipe:
+        given.recipe, given.changes = "small", [given.recipe, *given.changes]
+
+    def go() -> int:
+        if given.metric not in page.METRICS:
+            refuse("--metric", repr(given.metric), ", ".join(page.METRICS))
+        for name in ("trials", "concurrent"):
+            if getattr(given, name) is not None and getattr(given, name) < 1:
+                refuse(f"--{name}", getattr(given, name), "1 or more")
+        found, plain = space(given.recipe, given.changes)
+        rest = given.trials, given.metric, given.seed, given.concurrent
+        return run(Plan(given.recipe, tuple(plain), found, *rest))
+
+    return command(go)
+
+
+def run(plan: Plan) -> int:
+    """Check, make what is shared, search in each group, report."""
+    recipe = plan.space.recipe
+    store = Store(Path(recipe.store or home() / "store").absolute())
+    for each in plan.space.recipes():
+        full = size(check(each, store.root))
+    model, sources = locate(recipe, store.root / "digests")
+    now = datetime.datetime.now(datetime.UTC)
+    name = f"sweep-{recipe.name}-{now:%Y%m%dT%H%M%S}-{os.getpid()}"
+    uri = recipe.tracking or local(home() / "mlflow")
+    tracker = Tracking(
+        uri,
+        home() / "mlflow",
+        params=flat(recipe),
+        tags={"recipe": recipe.name, "sweep": plan.key, "stage": "sweep"},
+        name=name,
+        experiment=recipe.experiment,
+    )
+    with Console() as console, tracker as tracking:
+        say = console.terminal.print
+
+        def on(event: Event) -> None:
+            console.on(event)
+            tracking.on(event)
+
+        say(f"LoRAM sweep {plan.key}: store {store.root}")
+        start_ray()
+        concurrent = capacity(recipe.place, plan.concurrent)
+        shared = _shared(plan.space, model, sources)
+        execute(shared, store, ray_launch, recipe.place, on)
+        outcomes: list[Outcome] = []
+        for group in plan.space.combinations():
+            say(f"search: {shown(group) or 'one group'}")
+            directory = home() / "sweeps" / plan.key / f"{len(outcomes) // plan.trials}"
+            chosen = replaced(recipe, group)
+            with Follow(directory / "notes.jsonl", tracking, plan.key, chosen, say) as follow:
+                found = search(
+                    group,
+                    chosen,
+                    plan.space.searched,
+                    model,
+                    sources,
+                    directory,
+                    store=store.root,
+                    trials=plan.trials,
+                    concurrent=concurrent,
+                    seed=plan.seed,
+                )
+            graphs = [_ends(build(o.recipe, model, sources)) for o in found]
+            targets = [
+                variant.evaluate
+                for graph, outcome in zip(graphs, found, strict=True)
+                for variant in graph.variants
+                if not outcome.error
+            ]
+            execute(targets, store, ray_launch, recipe.place, on)
+            for graph, outcome in zip(graphs, found, strict=True):
+                if not outcome.error:
+                    scores = results.headline(results.rows(graph, store, full))
+                    curve = store.entry(sft_of(graph).slug) / CURVE
+                    outcome = dataclasses.replace(outcome, scores=scores, curve=curve)
+                follow.finish(outcome)
+                outcomes.append(outcome)
+        out = store.root / "reports" / name
+        out.mkdir(parents=True)
+        write_recipe(recipe, out / "recipe.json")
+        page.write(out, plan, outcomes, store.record(shared[-1].slug)["libraries"])
+        tracking.artifact(out, "report")
+        best = page.best_of(outcomes, plan.metric)
+        if best:
+            tracking.scores(best.scores)
+        say(page.table(plan, outcomes))
+        say(f"report  {out / 'report.html'}\nMLflow  {viewer(uri)}", soft_wrap=True)
+        if best is None:
+            say("no trial ended well; the table says why")
+            return 1
+        say(f"best    python pipelines/full.py {page.line(plan, best)}", soft_wrap=True)
+    return 0
+
+
+def _shared(space: Space, model: Source, sources: dict[str, Source]) -> list[Step]:
+    """What all trials need before they train, and the base that they are compared with."""
+    found: list[Any] = []
+    for recipe in space.recipes():
+        graph = build(recipe, model, sources)
+        found += sft_of(graph).inputs.values()
+        found.append(graph.variants[0].evaluate)
+    return [node for node in found if isinstance(node, Step)]
+
+
+def _ends(graph: Graph) -> Graph:
+    """The base and the recovered adapter alone: a trial has no small inference."""
+    return dataclasses.replace(graph, variants=(graph.variants[0], graph.variants[-1]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
