@@ -71,8 +71,11 @@ class Layers:
         return self._filled(self._norm, "model.norm"), self._filled(self._head, name)
 
     def _filled(self, module: nn.Module, name: str) -> nn.Module:
+        # A copy also of what is in float32: written to, pages of the mapped file would stay.
         weights = {
-            full.removeprefix(f"{name}."): self.checkpoint.read(full).to(self.device, torch.float32)
+            full.removeprefix(f"{name}."): self.checkpoint.read(full).to(
+                self.device, torch.float32, copy=True
+            )
             for full in self.checkpoint.names(name)
         }
         filled = copy.deepcopy(module)

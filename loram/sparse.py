@@ -79,7 +79,7 @@ def sparsify(
         spool.write("input-0", layers.embedded(batches))
     reached = next(i for i in range(len(layers) + 1) if f"input-{i}" in spool.names())
     for i in range(reached, len(layers)):
-        dampings = _sparsify_layer(layers, i, batches, spool, removed, done)
+        dampings = sparsify_layer(layers, i, batches, spool, removed, done)
         report.write_text(json.dumps(_read(report) | dampings))
         spool.drop(f"input-{i}")
     _finish(layers, done, out)
@@ -122,7 +122,7 @@ def pack(source: Path, out: Path, nf4: bool) -> None:
     copy_companions(checkpoint.path, out)
 
 
-def _sparsify_layer(
+def sparsify_layer(
     layers: Layers, i: int, batches: list[Batch], spool: Spool, removed: Pattern, done: Path
 ) -> dict[str, float]:
     """Write layer `i` and its masks to `done`, its outputs to the spool; returns the dampings."""

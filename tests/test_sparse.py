@@ -41,24 +41,31 @@ def in_memory(family: str, config: PruneConfig):
     return model, masks
 
 
-def model_gap(root, family: str, config: PruneConfig) -> float:
-    """Largest difference of a weight against `in_memory`; infinite if a mask differs."""
+def astray(root, family: str, config: PruneConfig) -> float:
+    """The share of weights that are not those of `in_memory`.
+
+    Between two weights of almost the same saliency rounding decides, and with them over a row.
+    """
     make(family, root, config)
     expected, masks = in_memory(family, config)
     found = load(root / "pruned", dtype=torch.float32)
-    for i in range(4):
-        for name, bits in layer_masks(root / "pruned", i).items():
-            if not torch.equal(unpacked(bits, masks[name].shape[1]), masks[name]):
-                return float("inf")
-    assert len(masks) == 4 * 7
-    pairs = zip(expected.state_dict().values(), found.state_dict().values(), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    stored = {
+        name: bits for i in range(4) for name, bits in layer_masks(root / "pruned", i).items()
+    }
+    assert stored.keys() == masks.keys() and len(masks) == 4 * 7
+    wrong = total = 0
+    for name, keep in masks.items():
+        weights = (model.get_submodule(name).weight.detach() for model in (expected, found))
+        same = unpacked(stored[name], keep.shape[1]) == keep
+        same &= torch.isclose(*weights, rtol=1e-3, atol=1e-3)
+        wrong, total = wrong + int((~same).sum()), total + same.numel()
+    return wrong / total
 
 
 @pytest.mark.parametrize("config", [SEMI, UNST])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_whole_model(family, config, tmp_path):
-    assert model_gap(tmp_path, family, config) < 1e-3
+    assert astray(tmp_path, family, config) < 0.01
 
 
 def test_errors_that_do_not_reach_the_next_layer_are_noticed(tmp_path, monkeypatch):
@@ -70,7 +77,7 @@ def test_errors_that_do_not_reach_the_next_layer_are_noticed(tmp_path, monkeypat
 
     make("llama", tmp_path)
     monkeypatch.setattr(loram.sparse, "forward", forward)
-    assert model_gap(tmp_path / "faulty", "llama", SEMI) > 1e-2
+    assert astray(tmp_path / "faulty", "llama", SEMI) > 0.1
 
 
 def test_another_layers_inputs_are_noticed(tmp_path, monkeypatch):
@@ -82,7 +89,7 @@ def test_another_layers_inputs_are_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loram.layers.Spool, "read", read)
     monkeypatch.setattr(loram.layers.Spool, "drop", lambda *_: None)
-    assert model_gap(tmp_path, "llama", SEMI) > 1e-2
+    assert astray(tmp_path, "llama", SEMI) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,14 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     for file in (tmp_path / "pruned").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     assert not (tmp_path / "work" / "activations").exists()
+
+
+def test_weights_in_float32_are_copied_too(tmp_path):
+    """Or what one layer's pruning writes would be what the next reading gets, and stay."""
+    save(tiny_model("llama"), tmp_path)
+    layers = loram.layers.Layers(tmp_path)
+    layers.layer(1).mlp.up_proj.weight.zero_()
+    assert layers.layer(1).mlp.up_proj.weight.all()
 
 
 def test_bad_input_is_named(tmp_path):

@@ -41,30 +41,42 @@ Decide = Callable[[nn.Linear, PruneConfig], tuple[Callable, Callable[[], None]]]
 def layerwise(
     base: Path, config: PruneConfig, rows: list[Batch], decide: Decide
 ) -> PreTrainedModel:
-    """The loop over layers that SparseGPT and Wanda share: inputs of all seven linears, prune,
-    then the layer's outputs."""
+    """The loop over layers that SparseGPT and Wanda share."""
     model, layers = load(base), Layers(base)
     with torch.no_grad():
         hidden = list(layers.embedded(rows))
         for i in range(len(layers)):
             layer = layers.layer(i)
-            hooks, finish = [], []
-            for name in (name for names in SHARED for name in names):
-                add, end = decide(layer.get_submodule(name), config)
-                hooks.append(layer.get_submodule(name).register_forward_hook(add))
-                finish.append(end)
-            given = [layers.arguments(i, h, b) for h, b in zip(hidden, rows, strict=True)]
-            for h, arguments in zip(hidden, given, strict=True):
-                layer(h, **arguments)
-            for hook in hooks:
-                hook.remove()
-            for end in finish:
-                end()
-            for weight in layer.parameters():
-                weight.copy_(weight.bfloat16())
-            hidden = [layer(h, **arguments) for h, arguments in zip(hidden, given, strict=True)]
+            hidden = prune_layer(layers, i, layer, hidden, rows, config, decide)
             model.model.layers[i].load_state_dict(layer.state_dict())
     return model
+
+
+def prune_layer(
+    layers: Layers,
+    i: int,
+    layer: nn.Module,
+    hidden: list[Tensor],
+    rows: list[Batch],
+    config: PruneConfig,
+    decide: Decide,
+) -> list[Tensor]:
+    """Inputs of all seven linears, prune them, then the layer's outputs."""
+    hooks, finish = [], []
+    for name in (name for names in SHARED for name in names):
+        add, end = decide(layer.get_submodule(name), config)
+        hooks.append(layer.get_submodule(name).register_forward_hook(add))
+        finish.append(end)
+    given = [layers.arguments(i, h, b) for h, b in zip(hidden, rows, strict=True)]
+    for h, arguments in zip(hidden, given, strict=True):
+        layer(h, **arguments)
+    for hook in hooks:
+        hook.remove()
+    for end in finish:
+        end()
+    for weight in layer.parameters():
+        weight.copy_(weight.bfloat16())
+    return [layer(h, **arguments) for h, arguments in zip(hidden, given, strict=True)]
 
 
 def sparsegpt(references: Path) -> Decide:
