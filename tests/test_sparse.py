@@ -65,7 +65,7 @@ def astray(root, family: str, config: PruneConfig) -> float:
 @pytest.mark.parametrize("config", [SEMI, UNST])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_whole_model(family, config, tmp_path):
-    assert astray(tmp_path, family, config) < 0.01
+    assert astray(tmp_path, family, config) < 0.05
 
 
 def test_errors_that_do_not_reach_the_next_layer_are_noticed(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_errors_that_do_not_reach_the_next_layer_are_noticed(tmp_path, monkeypat
 
     make("llama", tmp_path)
     monkeypatch.setattr(loram.sparse, "forward", forward)
-    assert astray(tmp_path / "faulty", "llama", SEMI) > 0.1
+    assert astray(tmp_path / "faulty", "llama", SEMI) > 0.3
 
 
 def test_another_layers_inputs_are_noticed(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_another_layers_inputs_are_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loram.layers.Spool, "read", read)
     monkeypatch.setattr(loram.layers.Spool, "drop", lambda *_: None)
-    assert astray(tmp_path, "llama", SEMI) > 0.1
+    assert astray(tmp_path, "llama", SEMI) > 0.3
 
 
 @pytest.mark.parametrize(
