@@ -122,6 +122,7 @@ def test_two_workers_take_the_rows_of_one(cluster, data, tmp_path):
     assert again["loss"] == pytest.approx(first["held_out_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sparse_model_is_aligned_with_its_holes(cluster, data, tmp_path):
     """Divided over two workers; what is written has zeros where the masks say, and the masks."""
     make("qwen2", tmp_path, UNST)
