@@ -17,7 +17,7 @@ from loram.shards import Checkpoint
 
 
 class Layers:
-    """The decoder of a checkpoint, layer by layer.
+    """The decoder of a checkpoint, layer by layer, in float32.
 
     The layers are transformers' own classes, and their arguments (rotary embeddings, the mask that
     keeps packed documents apart, a sliding window) are what transformers' own forward pass hands
@@ -25,15 +25,12 @@ class Layers:
 
     Args:
         source: directory or hub id of a full or pruned model, not quantised.
-        dtype: dtype of the weights in memory.
     """
 
-    def __init__(
-        self, source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> None:
+    def __init__(self, source: str | Path, *, device: str = "cpu") -> None:
         self.config = read_config(source)
         self.checkpoint = Checkpoint(source)
-        self.dtype, self.device = dtype, torch.device(device)
+        self.device = torch.device(device)
         model = meta_model(self.config)
         self._layers, self._embed, self._norm = (
             model.model.layers,
@@ -74,8 +71,11 @@ class Layers:
         return self._filled(self._norm, "model.norm"), self._filled(self._head, name)
 
     def _filled(self, module: nn.Module, name: str) -> nn.Module:
+        # A copy also of what is in float32: written to, pages of the mapped file would stay.
         weights = {
-            full.removeprefix(f"{name}."): self.checkpoint.read(full).to(self.device, self.dtype)
+            full.removeprefix(f"{name}."): self.checkpoint.read(full).to(
+                self.device, torch.float32, copy=True
+            )
             for full in self.checkpoint.names(name)
         }
         filled = copy.deepcopy(module)

@@ -40,7 +40,11 @@ def next_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """The summed loss of an output head on the final hidden states, `[b, T, hidden]`."""
     targets = labels[:, 1:]
     trained = targets != -100
-    hidden, targets = hidden[:, :-1][trained], targets[trained]
+    return summed_loss(head, hidden[:, :-1][trained], targets[trained])
+
+
+def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The same on the states `[n, hidden]` that are to predict the tokens `targets` `[n]`."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
         parts = [
             checkpoint(_cross_entropy, head, h, t, use_reentrant=False)

@@ -50,7 +50,7 @@ class PackedLinear(nn.Linear):
             values = bnb.dequantize_4bit(self.survivors[:, None], self._state()).flatten()
         else:
             values = self.survivors.view(torch.bfloat16)
-        return _spread(values, self.bits, self.in_features)
+        return spread(values, self.bits, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), equal to the dense layer with zeros."""
@@ -78,27 +78,28 @@ class PackedLinear(nn.Linear):
         )
 
 
-def _spread(values: Tensor, bits: Tensor, columns: int) -> Tensor:
-    """Survivors to the dense matrix: eight weights at a time, by a table of all 256 bytes.
+def spread(values: Tensor, bits: Tensor, columns: int) -> Tensor:
+    """Survivors to the dense matrix: for each weight the place of its survivor, or that of a zero.
 
-    Twice as fast on a CPU as `masked_scatter_`, which goes weight by weight.
+    A table of all 256 bytes does eight weights at a time: on a CPU faster than
+    `masked_scatter_`, which goes weight by weight.
     """
-    ranks, kept, counts = _tables(bits.device)
+    places, counts = tables(bits.device)
     each = bits.flatten().int()
-    count = counts[each]
-    first = count.cumsum(0, dtype=torch.int32) - count
-    # The eight survivors from the first of each byte on; overlapping views cost nothing.
-    windows = F.pad(values, (0, 8)).as_strided((len(values) + 1, 8), (1, 1))[first]
-    dense = windows.gather(1, ranks[each]).mul_(kept[each].to(values.dtype))
+    count = counts.index_select(0, each)
+    before = count.cumsum(0, dtype=torch.int32) - count
+    place = places.index_select(0, each).add_(before.unsqueeze(1)).clamp_(min=0)
+    dense = F.pad(values, (1, 0)).index_select(0, place.flatten())
     return dense.view(len(bits), -1)[:, :columns]
 
 
 @cache
-def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each byte: which survivor each of its bits is (int64, 8), the bits, and their number."""
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each byte, int32: which survivor each of its bits is, from 1 (256, 8), far below zero
+    where there is none; and how many it has (256)."""
     kept = unpacked(torch.arange(256, dtype=torch.uint8)[:, None], 8).to(device)
-    ranks = (kept.cumsum(1) - 1).clamp_(0)
-    return ranks, kept, kept.sum(1, dtype=torch.int32)
+    places = kept.cumsum(1, dtype=torch.int32).masked_fill_(~kept, -(2**30))
+    return places, kept.sum(1, dtype=torch.int32)
 
 
 class _Product(torch.autograd.Function):

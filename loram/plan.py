@@ -1,4 +1,4 @@
-"""Exact parameter counts and estimated memory, from a config alone: no weights are read.
+"""Exact parameter counts, from a config alone: no weights are read.
 
 The counts come from the model classes themselves, built on the meta device, so there is no formula
 that could drift from the code. They reproduce the paper's tables to the last digit.
@@ -99,71 +99,6 @@ def lora_parameters(config: PreTrainedConfig, adapter: AdapterConfig) -> int:
         for name, module in meta_model(config).named_modules()
         if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in adapter.targets
     )
-
-
-def activation_bytes(config: PreTrainedConfig, tokens: int, checkpointing: bool) -> int:
-    """Estimated bytes of bf16 activations kept for backward at `tokens` a micro-batch.
-
-    Inputs of every linear, of norms, of the attention product and of the activation function; with
-    gradient checkpointing one residual stream a layer and one layer in full.
-    """
-    model = meta_model(config)
-    stream, per_layer = (
-        config.hidden_size,
-        [_layer_activations(model, i) for i in range(len(model.model.layers))],
-    )
-    if checkpointing:
-        return tokens * (2 * stream * len(per_layer) + max(per_layer))
-    return tokens * sum(per_layer)
-
-
-def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, tokens: int) -> int:
-    """Estimated peak of scoring (stru) or SparseGPT (semi, unst), which hold a layer at a time.
-
-    The most of: a layer with gradients, or with its Hessians and a factor of the widest, and its
-    activations in float32; the output head with its gradient of the hidden states.
-    """
-    model = meta_model(config)
-    layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
-    head = 4 * model.get_output_embeddings().weight.numel()
-    extra = layer
-    if prune.method not in STRUCTURED:
-        mlp, attn = model.model.layers[0].mlp, model.model.layers[0].self_attn
-        widest = max(mlp.down_proj.in_features, attn.o_proj.in_features)
-        inputs = (config.hidden_size, attn.o_proj.in_features, config.hidden_size)
-        extra = 4 * (sum(width**2 for width in inputs) + 2 * widest**2)
-    return max(layer + extra, head) + _layer_activations(model, 0) * 2 * tokens
-
-
-def align_bytes(
-    config: PreTrainedConfig, tokens: int, checkpointing: bool, workers: int = 1
-) -> int:
-    """Estimated peak of alignment a worker: float32 weights, gradients and two moments (divided
-    over the workers by FSDP2), and activations."""
-    count = size(config)
-    trained = count.total - count.frozen_in_alignment
-    held = (16 * trained + 2 * count.frozen_in_alignment) // workers
-    return held + activation_bytes(config, tokens, checkpointing)
-
-
-def sft_bytes(
-    config: PreTrainedConfig, adapter: AdapterConfig, nf4: bool, tokens: int, checkpointing: bool
-) -> int:
-    """Estimated peak of LoRA training: the frozen base, 16 bytes a LoRA weight, activations."""
-    count = size(config)
-    base = count.nf4_bytes if nf4 else count.bf16_bytes
-    lora = 16 * lora_parameters(config, adapter)
-    return base + lora + activation_bytes(config, tokens, checkpointing)
-
-
-def _layer_activations(model: PreTrainedModel, i: int) -> int:
-    """Bytes a token that layer `i` keeps for backward in bf16."""
-    layer, stream = model.model.layers[i], model.config.hidden_size
-    q = layer.self_attn.q_proj.out_features
-    kv = layer.self_attn.k_proj.out_features
-    neurons = layer.mlp.gate_proj.out_features
-    # Norms keep a float32 copy and their output; attention q, k, v, rotated q, k and output.
-    return int(2 * (2 * stream + 4 * stream + 3 * q + 4 * kv + 4 * neurons + 2 * stream))
 
 
 def _linears(model: PreTrainedModel) -> list[nn.Linear]:

@@ -79,26 +79,8 @@ def sparsify(
         spool.write("input-0", layers.embedded(batches))
     reached = next(i for i in range(len(layers) + 1) if f"input-{i}" in spool.names())
     for i in range(reached, len(layers)):
-        layer, part = layers.layer(i), f"model.layers.{i}"
-        _check(layer, part, removed)
-        hessians = _hessians(layers, i, layer, batches, spool)
-        masks, dampings = {}, {}
-        for names in SHARED:
-            upper, dead, damping = factor(hessians.pop(names[0]).matrix)
-            dampings[f"{part}.{names[0]}"] = damping
-            for name in names:
-                weight = layer.get_submodule(name).weight
-                masks[f"{part}.{name}"] = packed(sparsify_(weight, upper, dead, removed))
-            del upper
-        tensors = {}
-        for name, tensor in layer.state_dict().items():
-            stored = tensor.to(layers.checkpoint.read(f"{part}.{name}").dtype)
-            tensor.copy_(stored)  # what follows sees the weights as they are kept
-            tensors[f"{part}.{name}"] = stored.cpu()
-        write_part(done, part, tensors)
-        save_file(masks, layer_file(done, i))
+        dampings = sparsify_layer(layers, i, batches, spool, removed, done)
         report.write_text(json.dumps(_read(report) | dampings))
-        spool.write(f"input-{i + 1}", forward(layers, i, layer, batches, spool))
         spool.drop(f"input-{i}")
     _finish(layers, done, out)
     found = _read(report)
@@ -138,6 +120,32 @@ def pack(source: Path, out: Path, nf4: bool) -> None:
     write_index(out)
     packed_config(read_config(source), survivors, nf4).save_pretrained(out)
     copy_companions(checkpoint.path, out)
+
+
+def sparsify_layer(
+    layers: Layers, i: int, batches: list[Batch], spool: Spool, removed: Pattern, done: Path
+) -> dict[str, float]:
+    """Write layer `i` and its masks to `done`, its outputs to the spool; returns the dampings."""
+    layer, part = layers.layer(i), f"model.layers.{i}"
+    _check(layer, part, removed)
+    hessians = _hessians(layers, i, layer, batches, spool)
+    masks, dampings = {}, {}
+    for names in SHARED:
+        upper, dead, damping = factor(hessians.pop(names[0]).matrix)
+        dampings[f"{part}.{names[0]}"] = damping
+        for name in names:
+            weight = layer.get_submodule(name).weight
+            masks[f"{part}.{name}"] = packed(sparsify_(weight, upper, dead, removed))
+        del upper
+    tensors = {}
+    for name, tensor in layer.state_dict().items():
+        stored = tensor.to(layers.checkpoint.read(f"{part}.{name}").dtype)
+        tensor.copy_(stored)  # what follows sees the weights as they are kept
+        tensors[f"{part}.{name}"] = stored.cpu()
+    write_part(done, part, tensors)
+    save_file(masks, layer_file(done, i))
+    spool.write(f"input-{i + 1}", forward(layers, i, layer, batches, spool))
+    return dampings
 
 
 def _check(layer: nn.Module, part: str, removed: Pattern) -> None:

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from loram import plan
+from loram import memory, plan
 from loram.errors import UserError
 from loram.model import read_config
 from loram.prune import STRUCTURED
@@ -96,22 +96,19 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
     def row(name: str, size: float) -> None:
         table.add_row(name, f"{size / 1e9:,.2f} GB")
 
-    tokens = place.micro_batch * recipe.align.seq_len
+    rows, seq_len, less = place.micro_batch, recipe.align.seq_len, place.gradient_checkpointing
     if recipe.prune.method != "rand":
-        row("score, prune (a layer at a time)", plan.prune_bytes(config, recipe.prune, tokens))
+        needed = memory.prune_bytes(config, recipe.prune, rows, seq_len)
+        row("score, prune (a layer at a time)", needed)
     if recipe.align.steps:
-        row(
-            "align",
-            plan.align_bytes(aligned, tokens, place.gradient_checkpointing, place.workers),
-        )
-    tokens = place.micro_batch * recipe.sft.seq_len
+        masked, workers = plan.size(small).masked, place.workers
+        needed = memory.align_bytes(aligned, rows, seq_len, less, workers=workers, masked=masked)
+        row("align", needed)
     trainings = [("sft", small, recipe.nf4)]
     trainings += [(f"sft_{name}", config, name == "qlora") for name in recipe.compare]
     for name, trained, nf4 in trainings:
-        row(
-            name,
-            plan.sft_bytes(trained, recipe.adapter, nf4, tokens, place.gradient_checkpointing),
-        )
+        needed = memory.sft_bytes(trained, recipe.adapter, nf4, rows, recipe.sft.seq_len, less)
+        row(name, needed)
     row("inference with the full model in bf16", plan.size(config).bf16_bytes)
     return table
 

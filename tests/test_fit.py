@@ -17,6 +17,7 @@ import pipelines.stream
 from loram.adapter import AdapterConfig
 from loram.errors import UserError
 from loram.evaluate import perplexity
+from loram.masks import of_weights
 from loram.model import load, save
 from loram.packing import Packed, batches, order
 from loram.train import TrainConfig
@@ -24,6 +25,7 @@ from pipelines.fit import fit
 from pipelines.launch import start_ray
 from pipelines.place import Place
 from pipelines.stream import stream
+from tests.sparse_models import UNST, make
 
 CONFIG = TrainConfig(
     steps=6, lr=1e-2, global_batch=8, seq_len=64, warmup_steps=2, eval_every=2, seed=5
@@ -118,6 +120,30 @@ def test_two_workers_take_the_rows_of_one(cluster, data, tmp_path):
     kept = Packed(data / "held_out")
     again = perplexity(model, batches(kept, np.arange(kept.rows), 2))
     assert again["loss"] == pytest.approx(first["held_out_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sparse_model_is_aligned_with_its_holes(cluster, data, tmp_path):
+    """Divided over two workers; what is written has zeros where the masks say, and the masks."""
+    make("qwen2", tmp_path, UNST)
+    fit(
+        "align",
+        model=tmp_path / "pruned",
+        train=data / "train",
+        held_out=data / "held_out",
+        config=CONFIG,
+        adapter=None,
+        place=Place(workers=2, cpus_per_worker=1, micro_batch=2),
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+    )
+    before, after = load(tmp_path / "pruned"), load(tmp_path / "out")
+    masks = of_weights(after, tmp_path / "out")
+    assert len(masks) == 4 * 7
+    for weight, mask in masks.items():
+        assert torch.equal(weight == 0, ~mask)
+    name = "model.layers.0.mlp.up_proj"
+    assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
 
 
 def test_a_quantised_model_is_not_aligned(data, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import loram.taylor
 from loram.errors import UserError
 from loram.kept import head_dim
 from loram.model import save
@@ -123,3 +124,25 @@ def test_bad_calibration_is_refused(tmp_path):
     save(model, tmp_path)
     with pytest.raises(ValueError, match="NaN or Inf in .* model.layers.2"):
         score(tmp_path, [batch()], PruneConfig(method="stru"))
+
+
+def test_a_crash_half_way_backward_goes_on_at_the_layer(tmp_path, monkeypatch):
+    save(tiny_model("llama"), tmp_path)
+    expected = score(tmp_path, [batch(), batch()], PruneConfig("stru"))
+    seen, original = [], loram.taylor.Layers.layer
+
+    def layer(self, i):
+        seen.append(i)
+        if len(seen) == 7:  # four layers forward, two of four backward
+            raise MemoryError
+        return original(self, i)
+
+    monkeypatch.setattr(loram.taylor.Layers, "layer", layer)
+    again = {"work": tmp_path / "work"}
+    with pytest.raises(MemoryError):
+        score(tmp_path, [batch(), batch()], PruneConfig("stru"), **again)
+    found = score(tmp_path, [batch(), batch()], PruneConfig("stru"), **again)
+    assert seen == [0, 1, 2, 3, 3, 2, 1] + [1, 0]
+    assert torch.equal(found.kv_heads, expected.kv_heads)
+    assert torch.equal(found.neurons, expected.neurons)
+    assert not (tmp_path / "work" / "activations").exists()

@@ -23,3 +23,10 @@ def keep(name: str, **values: object) -> None:
     print(text, flush=True)
     with RESULTS.open("a") as file:
         file.write(text + "\n")
+
+
+def there(name: str, **cell: object) -> bool:
+    """Whether results.jsonl has a line of this benchmark with all these values."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    wanted = {"benchmark": name, **cell}.items()
+    return any(wanted <= json.loads(line).items() for line in lines)

@@ -1,0 +1,54 @@
+"""LoRA on a packed model, plain and under the mask: trained, recovered, merged."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from loram.adapter import AdapterConfig, attach, merge, open_adapted, recover, save_adapter
+from loram.masks import layer_masks, unpacked
+from loram.model import load
+from loram.sparse import pack
+from loram.train import TrainConfig, train
+from tests.conftest import FAMILIES
+from tests.sparse_models import logits, make, rows
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_recovered_and_merged(family, masked, tmp_path):
+    """On the packed model; then the same update on the untouched base, through files."""
+    make(family, tmp_path)
+    pack(tmp_path / "pruned", tmp_path / "packed", nf4=False)
+    lora = AdapterConfig(r=4, alpha=8, dropout=0.0, masked=masked)
+    model = attach(load(tmp_path / "packed"), lora, seed=1)
+    list(train(model, rows(3) * 2, TrainConfig(2, 1e-2, 8)))
+    save_adapter(model, tmp_path / "adapter")
+    pruned, base = tmp_path / "pruned", tmp_path / "base"
+    recover(tmp_path / "adapter", pruned, base, tmp_path / "recovered")
+    opened = open_adapted(base, tmp_path / "recovered", dtype=torch.float32)
+    merge(base, tmp_path / "recovered", tmp_path / "merged", dtype=torch.float32)
+    full, merged = load(base, dtype=torch.float32), load(tmp_path / "merged", dtype=torch.float32)
+    assert (logits(merged) - logits(opened)).abs().max() < 1e-4
+    assert (logits(merged) - logits(full)).abs().max() > 1e-3
+    trained = open_adapted(tmp_path / "packed", tmp_path / "adapter")
+    assert torch.equal(logits(trained), logits(model.eval()))
+    masks = {name: bits for i in range(4) for name, bits in layer_masks(pruned, i).items()}
+    outside = 0.0
+    for name, bits in masks.items():
+        before, after = (m.get_submodule(name).weight.detach() for m in (full, merged))
+        gone = ~unpacked(bits, before.shape[1])
+        outside = max(outside, float((after - before)[gone].abs().max()))
+    if masked:
+        assert outside == 0
+        with pytest.raises((ValueError, KeyError), match="LORAM_MASKED"):
+            PeftModel.from_pretrained(full, tmp_path / "recovered")
+    else:
+        assert outside > 0
+        stock = PeftModel.from_pretrained(full, tmp_path / "recovered")
+        assert torch.equal(logits(stock), logits(opened))
+        assert (
+            json.loads((tmp_path / "recovered" / "adapter_config.json").read_text())["peft_type"]
+            == "LORA"
+        )

@@ -1,0 +1,138 @@
+"""Estimated peaks of training against the tensor bytes that torch's profiler sees."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from loram.adapter import AdapterConfig, attach
+from loram.loss import CausalLoss
+from loram.masks import of_weights
+from loram.memory import align_bytes, prune_bytes, sft_bytes
+from loram.model import load, read_config, save
+from loram.parallel import masters_
+from loram.plan import pruned_size
+from loram.prune import PruneConfig
+from loram.sparse import pack, sparsify
+from loram.taylor import taylor_scores
+from loram.train import TrainConfig, adamw, train, train_all_
+from pipelines.shapes import SHAPES
+from tests.conftest import tiny_model
+
+SEMI, T = PruneConfig("semi"), 128
+# A deep one with a large vocabulary and biases, a wide one whose head is tied to its embeddings.
+MODELS = {
+    "qwen2": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5}
+    | {"vocab_size": 4096, "num_attention_heads": 4},
+    "qwen3": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+    | {"vocab_size": 2048, "tie_word_embeddings": True},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Each family full, pruned by SparseGPT, and packed in both ways."""
+    root = tmp_path_factory.mktemp("models")
+    for family, shape in MODELS.items():
+        where = root / family
+        save(tiny_model(family, max_position_embeddings=512, **shape).bfloat16(), where / "full")
+        sparsify(where / "full", where / "semi", [batch(2, 2048)], SEMI)
+        pack(where / "semi", where / "packed", nf4=False)
+        pack(where / "semi", where / "packed_nf4", nf4=True)
+    return root
+
+
+def batch(rows: int, vocab: int) -> dict[str, torch.Tensor]:
+    """Rows of two documents each."""
+    ids = torch.randint(3, vocab, (rows, T), generator=torch.Generator().manual_seed(rows))
+    positions = torch.arange(T // 2).repeat(rows, 2)
+    row = torch.arange(rows)
+    return {"input_ids": ids, "labels": ids, "position_ids": positions, "row": row}
+
+
+def seen(run) -> int:
+    """The largest sum of bytes that were allocated and not yet freed."""
+    gc.collect()  # or what it frees half-way counts as negative
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    now = top = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            top = max(top, now)
+    return top
+
+
+def held(module, optimizer) -> int:
+    """Bytes of all storages of a module and its optimiser, as they are before the first step."""
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [x for state in optimizer.state.values() for x in state.values()]
+    for weight in module.parameters():
+        if state := getattr(weight, "quant_state", None):
+            tensors += [state.absmax, state.state2.absmax]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+def trained(source: Path, align: bool, nf4: bool, rows: int, checkpointing: bool) -> int:
+    """The bytes of a step of two micro-batches in the training loop."""
+    model = load(source, nf4=nf4)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    module = CausalLoss(train_all_(model) if align else attach(model, AdapterConfig()))
+    config = TrainConfig(1, 1e-4, 2 * rows, T)
+    optimizer = adamw(masters_(module), config)
+    masks = of_weights(model, source) if align else {}
+    before = held(module, optimizer) + sum(mask.nbytes for mask in masks.values())
+    batches = [batch(rows, model.config.vocab_size)] * 2
+    return before + seen(
+        lambda: list(train(module, batches, config, optimizer=optimizer, masks=masks))
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("kind", ["full", "nf4", "packed", "packed_nf4"])
+def test_sft(kind, family, rows, checkpointing, models):
+    source = models / family / ("full" if kind == "nf4" else kind)
+    found = trained(source, False, kind == "nf4", rows, checkpointing)
+    config = read_config(source)
+    guess = sft_bytes(config, AdapterConfig(), kind.endswith("nf4"), rows, T, checkpointing)
+    assert guess == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("kind", ["full", "semi"])
+def test_alignment(kind, family, rows, checkpointing, models):
+    source = models / family / kind
+    found = trained(source, True, False, rows, checkpointing)
+    config = read_config(source)
+    masked = pruned_size(config, SEMI).masked if kind == "semi" else 0
+    guess = align_bytes(config, rows, T, checkpointing, masked=masked)
+    assert guess == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("method", ["stru", "semi"])
+@pytest.mark.parametrize("family", MODELS)
+def test_pruning(method, family, models, tmp_path):
+    source = models / family / "full"
+    rows = [batch(4, 2048)] * 2
+    config = PruneConfig(method)
+    if method == "stru":
+        found = seen(lambda: taylor_scores(source, rows))
+    else:
+        found = seen(lambda: sparsify(source, tmp_path / "out", rows, config))
+    # A mapped file counts as allocated, although its pages are the file's.
+    found -= sum(file.stat().st_size for file in source.glob("model*.safetensors"))
+    assert prune_bytes(read_config(source), config, 4, T) == pytest.approx(found, rel=0.15)
+
+
+def test_two_workers_share_what_is_trained():
+    config = SHAPES["llama2-13b"]
+    one, eight = (align_bytes(config, 1, 512, True, workers=n) for n in (1, 8))
+    assert eight < one / 4

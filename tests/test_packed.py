@@ -1,0 +1,146 @@
+"""The packed form of sparse models: equal to the dense one with zeros, and really smaller."""
+
+import gc
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from loram.adapter import AdapterConfig, attach
+from loram.errors import UserError
+from loram.masks import of_weights
+from loram.model import load, read_config, save
+from loram.packed import PackedLinear
+from loram.plan import pruned_size, size
+from loram.sparse import pack, sparsify
+from loram.train import TrainConfig, train
+from tests.conftest import FAMILIES, tiny_model
+from tests.sparse_models import IDS, SEMI, UNST, logits, make, rows
+
+
+def quantised_survivors_(model, directory) -> None:
+    """Survivors put through NF4 as one vector, in the dense model."""
+    for weight, mask in of_weights(model, directory).items():
+        values = weight.data[mask].bfloat16()
+        codes, state = bnb.quantize_4bit(
+            values, blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
+        weight.data[mask] = bnb.dequantize_4bit(codes, state).to(weight.dtype)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_is_the_dense_model_with_zeros(family, nf4, tmp_path):
+    """Logits and gradients of the embeddings, through files; a plain recipe trains on it."""
+    make(family, tmp_path, UNST)
+    pack(tmp_path / "pruned", tmp_path / "packed", nf4)
+    dense = load(tmp_path / "pruned")
+    if nf4:
+        quantised_survivors_(dense, tmp_path / "pruned")
+    packed = load(tmp_path / "packed")
+    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 28
+    found = []
+    for model in (dense, packed):
+        model.requires_grad_(False)
+        embedded = model.get_input_embeddings()(IDS).requires_grad_(True)
+        out = model(inputs_embeds=embedded).logits
+        out.float().square().sum().backward()
+        found.append((out.detach(), embedded.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    save(packed, tmp_path / "resaved")
+    assert torch.equal(logits(load(tmp_path / "resaved")), logits(packed))
+    with pytest.raises((ValueError, KeyError), match=f"loram_{family}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("config", "nf4", "target"), [(SEMI, False, 9.1), (SEMI, True, 3.2), (UNST, True, 3.0)]
+)
+def test_what_was_pruned_is_gone(config, nf4, target, tmp_path):
+    """Bits a weight in the file, in the tensors of the process, and by the plan; no dense copy."""
+    others = storages()
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    save(tiny_model("llama", **wide).bfloat16(), tmp_path / "base")
+    sparsify(tmp_path / "base", tmp_path / "pruned", rows(2), config)
+    pack(tmp_path / "pruned", tmp_path / "packed", nf4)
+    weights = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+    stored = sum(
+        tensor.nbytes
+        for file in (tmp_path / "packed").glob("model-*.safetensors")
+        for name, tensor in load_file(file).items()
+        if name.rsplit(".", 1)[-1] in ("bits", "survivors", "scales")
+    )
+    assert 8 * stored / weights < target
+    count = size(read_config(tmp_path / "packed"))
+    assert count == pruned_size(read_config(tmp_path / "base"), config)
+    held = count.nf4_bytes if nf4 else count.bf16_bytes
+    model = attach(load(tmp_path / "packed"), AdapterConfig(dropout=0.0))
+    list(train(model, rows(3), TrainConfig(1, 1e-3, 8)))
+    frozen = sum(
+        tensor.nbytes
+        for pointer, tensor in storages().items()
+        if pointer not in others and tensor.dtype != torch.float32
+    )
+    assert 0.9 * held < frozen < 1.02 * held + 4096
+
+
+def storages() -> dict[int, torch.Tensor]:
+    """Every tensor that lives, by the address of its storage, other than small ones and ids.
+
+    The tensors are held on to, so an address in an earlier answer is not given out again.
+    """
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), torch.Tensor) or isinstance(thing, FakeTensor):
+            continue
+        if thing.is_meta or thing.dtype == torch.int64 or thing.numel() <= 4096:
+            continue
+        if thing.untyped_storage().nbytes():
+            found[thing.untyped_storage().data_ptr()] = thing
+    return found
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows as the HF Trainer wants them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.arange(index, index + 32)
+        return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32)}
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_stock_peft_and_trainer_train_a_packed_model(nf4, tmp_path):
+    """An adapter that transformers' Trainer made fits the base as it is: shapes did not change."""
+    make("llama", tmp_path)
+    pack(tmp_path / "pruned", tmp_path / "packed", nf4)
+    small = load(tmp_path / "packed")
+    before = {name: x.clone() for name, x in small.state_dict().items()}
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(small, lora)
+    settings = TrainingArguments(
+        tmp_path / "trainer", max_steps=3, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    result = Trainer(adapted, settings, train_dataset=Rows()).train()
+    assert result.global_step == 3
+    for name, x in adapted.get_base_model().state_dict().items():
+        if "lora" not in name:
+            assert torch.equal(x, before[name.replace(".base_layer", "")])
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain = logits(base)
+    assert not torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), plain)
+
+
+def test_a_model_without_masks_is_not_packed(tmp_path):
+    save(tiny_model("llama"), tmp_path / "base")
+    with pytest.raises(UserError, match="without masks"):
+        pack(tmp_path / "base", tmp_path / "packed", nf4=False)
