@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from loram.compensate import DATA, CompensateConfig
 from loram.errors import refuse
 from loram.model import check_weights, load_tokenizer, read_config
 from loram.plan import planned_config, size
@@ -52,6 +53,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _check_pruning(config, recipe.prune, recipe.adapter.masked)
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
+    _check_compensation(config, recipe.compensate)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
     if (
         min(recipe.prune.keep_first, recipe.prune.keep_last) < 0
@@ -89,6 +91,16 @@ def _check_pruning(config: PreTrainedConfig, prune: PruneConfig, masked: bool) -
     planned_config(config, prune)
     if masked and prune.method in STRUCTURED:
         refuse("adapter.masked", f"true with prune.method {prune.method}", "semi, unst")
+
+
+def _check_compensation(config: PreTrainedConfig, compensate: CompensateConfig) -> None:
+    if not 0 <= compensate.rank <= config.hidden_size:
+        refuse("compensate.rank", compensate.rank, f"0 (none) to {config.hidden_size}")
+    if compensate.data not in DATA:
+        refuse("compensate.data", repr(compensate.data), ", ".join(DATA))
+    _at_least("compensate.rows", compensate.rows, 2 if compensate.data == "both" else 1)
+    if not 0 < compensate.damping < float("inf"):
+        refuse("compensate.damping", compensate.damping, "a number above 0")
 
 
 def _check_training(

@@ -66,8 +66,9 @@ def _steps(graph: Graph, store: Store, known: bool) -> Table:
 
 
 def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
-    full, small = plan.size(config), plan.pruned_size(config, recipe.prune)
-    lora = plan.lora_parameters(plan.planned_config(config, recipe.prune), recipe.adapter)
+    planned = plan.planned_config(config, recipe.prune, recipe.compensate.rank)
+    full, small = plan.size(config), plan.size(planned)
+    lora = plan.lora_parameters(planned, recipe.adapter)
     table = Table("", "parameters", "reduction", title="Sizes")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -79,6 +80,8 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     table.add_row(
         "pruned, NF4 in bytes (4.127 bits; embeddings, head and norms in 16 bits)", "", honest
     )
+    if small.stand_ins:
+        table.add_row("of these, stand-ins for what was removed", f"{small.stand_ins:,}", "")
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
     table.add_row(
         "pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", ""
@@ -87,7 +90,8 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
 
 
 def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
-    small, place = plan.planned_config(config, recipe.prune), recipe.place
+    small = plan.planned_config(config, recipe.prune, recipe.compensate.rank)
+    place = recipe.place
     # Weights pruned singly leave memory when the aligned model is packed.
     aligned = small if recipe.prune.method in STRUCTURED else config
     table = Table("stage", "GPU memory", title="Estimated peak memory a worker")
@@ -99,6 +103,8 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
     tokens = place.micro_batch * recipe.align.seq_len
     if recipe.prune.method != "rand":
         row("score, prune (a layer at a time)", plan.prune_bytes(config, recipe.prune, tokens))
+    if recipe.compensate.rank:
+        row("compensate (a layer at a time)", plan.compensate_bytes(config, tokens))
     if recipe.align.steps:
         row(
             "align",

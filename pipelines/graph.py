@@ -98,8 +98,14 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         sparsify = steps.SparsifyConfig(recipe.prune, recipe.calibration_rows)
         pruned = heavy("prune", steps.sparsify, sparsify, {"model": model, "corpus": corpus})
     small: Step = pruned
+    if recipe.compensate.rank:
+        data = {"corpus": corpus, "task": instruct}
+        names = data if recipe.compensate.data == "both" else (recipe.compensate.data,)
+        fitted: dict[str, Step | Source] = {data[name].name: data[name] for name in names}
+        fitted |= {"model": model, "pruned": pruned}
+        small = heavy("compensate", steps.compensate, recipe.compensate, fitted)
     if recipe.align.steps:
-        aligned = {"pruned": pruned, "corpus": corpus}
+        aligned = {"pruned": small, "corpus": corpus}
         small = light("align", steps.align, recipe.align, aligned)
     if sparse:
         small = heavy("pack", steps.pack, steps.PackConfig(recipe.nf4), {"model": small})

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from loram.adapter import AdapterConfig
+from loram.compensate import CompensateConfig
 from loram.errors import refuse
 from loram.prune import PruneConfig
 from loram.train import TrainConfig
@@ -59,6 +60,7 @@ class Recipe:
     Attributes:
         model: directory or hub id of the full model.
         calibration_rows: packed corpus rows that Taylor scores are taken from.
+        compensate: stand-ins for what was removed, fitted between pruning and alignment.
         nf4: QLoRAM: quantise the pruned and aligned model before SFT.
         compare: what to train beside LoRAM: `lora` and `qlora` on the full model.
         store, tracking: directory of results and MLflow server; empty for the default ones.
@@ -71,6 +73,7 @@ class Recipe:
     evaluate: Evaluate
     prune: PruneConfig = PruneConfig()
     calibration_rows: int = 32
+    compensate: CompensateConfig = CompensateConfig()
     align: TrainConfig = TrainConfig(steps=400, lr=5e-5)
     nf4: bool = True
     adapter: AdapterConfig = AdapterConfig()

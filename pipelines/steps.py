@@ -5,14 +5,17 @@ Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that p
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 import loram.adapter
+import loram.compensate
 import loram.prune
 import loram.sparse
 from loram.adapter import AdapterConfig, open_adapted
+from loram.compensate import CompensateConfig
 from loram.evaluate import perplexity
 from loram.loss import Batch
 from loram.model import load, local, read_config, save
@@ -96,6 +99,26 @@ def sparsify(
     before, after = size(full).total, pruned_size(full, config.prune).total
     counts = {"parameters": before, "pruned_parameters": after, "reduction": before / after}
     return found | counts | {"calibration_tokens": tokens}
+
+
+def compensate(
+    config: CompensateConfig,
+    *,
+    model: str,
+    pruned: Path,
+    corpus: Path | None = None,
+    instruct: Path | None = None,
+    out: Path,
+    work: Path,
+    place: Place,
+) -> Metrics:
+    """Fit low-rank stand-ins for what was removed, on general text, on the task, or on both."""
+    data = [path for path in (corpus, instruct) if path]
+    rows = [_calibration(path, config.rows // len(data), place)[0] for path in data]
+    options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
+    found = loram.compensate.compensate(model, pruned, out, chain(*rows), config, **options)
+    stand_ins = size(read_config(out)).stand_ins
+    return found | {"stand_in_parameters": stand_ins, "peak_memory_bytes": place.peak_memory()}
 
 
 @dataclass(frozen=True)
