@@ -51,6 +51,8 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     if config.model_type.startswith("loram_"):
         refuse("model", f"{recipe.model}, a pruned model", "the full model that it was cut from")
     _check_pruning(config, recipe.prune, recipe.adapter.masked)
+    if recipe.correct and recipe.adapter.masked:
+        refuse("correct", "true with adapter.masked", "one of the two")
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     _check_compensation(config, recipe.compensate)

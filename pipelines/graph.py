@@ -131,12 +131,10 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         qlora = sft("sft_qlora", nf4)
         variants.append(Variant("QLoRA", evaluate("qlora", nf4, qlora), qlora, nf4))
     adapter = sft("sft", small)
-    recovered = Step(
-        "recover",
-        steps.recover,
-        steps.Empty(),
-        {"adapter": adapter, "pruned": pruned, "base": model},
-    )
+    parts: dict[str, Step | Source] = {"adapter": adapter, "pruned": pruned, "base": model}
+    if recipe.correct:
+        parts["small"] = small
+    recovered = Step("recover", steps.recover, steps.Empty(), parts)
     ours = "QLoRAM" if recipe.nf4 else "LoRAM"
     ours += "-" + recipe.prune.method.capitalize()
     variants += [

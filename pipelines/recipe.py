@@ -62,6 +62,7 @@ class Recipe:
         calibration_rows: packed corpus rows that Taylor scores are taken from.
         compensate: stand-ins for what was removed, fitted between pruning and alignment.
         nf4: QLoRAM: quantise the pruned and aligned model before SFT.
+        correct: correct the recovered adapter for weights that alignment, SparseGPT or NF4 changed.
         compare: what to train beside LoRAM: `lora` and `qlora` on the full model.
         store, tracking: directory of results and MLflow server; empty for the default ones.
     """
@@ -78,6 +79,7 @@ class Recipe:
     nf4: bool = True
     adapter: AdapterConfig = AdapterConfig()
     sft: TrainConfig = TrainConfig(steps=400, lr=1e-3)
+    correct: bool = False
     compare: tuple[str, ...] = ("lora",)
     place: Place = Place()
     store: str = ""
