@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from loram.compensate import DATA, CompensateConfig
+from loram.distil import TRAINED
 from loram.errors import refuse
 from loram.model import check_weights, load_tokenizer, read_config
 from loram.plan import planned_config, size
@@ -56,6 +57,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     _check_compensation(config, recipe.compensate)
+    _check_distillation(config, recipe)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
     if (
         min(recipe.prune.keep_first, recipe.prune.keep_last) < 0
@@ -103,6 +105,24 @@ def _check_compensation(config: PreTrainedConfig, compensate: CompensateConfig) 
     _at_least("compensate.rows", compensate.rows, 2 if compensate.data == "both" else 1)
     if not 0 < compensate.damping < float("inf"):
         refuse("compensate.damping", compensate.damping, "a number above 0")
+
+
+def _check_distillation(config: PreTrainedConfig, recipe: Recipe) -> None:
+    distil = recipe.distil
+    if not distil.trained:
+        return
+    if distil.trained not in TRAINED:
+        refuse("distil.trained", repr(distil.trained), ", ".join(TRAINED))
+    if not recipe.align.steps:
+        refuse("align.steps", "0 with distil.trained", "1 or more: it says how long")
+    if distil.trained == "stand_ins" and not recipe.compensate.rank:
+        refuse("distil.trained", "stand_ins with compensate.rank 0", "a rank to train, or all")
+    if not 1 <= distil.top <= config.vocab_size:
+        refuse("distil.top", distil.top, f"1 to {config.vocab_size}")
+    if not 0 <= distil.hidden_layers < config.num_hidden_layers:
+        refuse("distil.hidden_layers", distil.hidden_layers, f"0 to {config.num_hidden_layers - 1}")
+    if not 0 <= distil.hidden_weight < float("inf"):
+        refuse("distil.hidden_weight", distil.hidden_weight, "a number from 0")
 
 
 def _check_training(

@@ -25,6 +25,7 @@ from ray.train import CheckpointUploadMode
 from torch import nn
 
 from loram.adapter import CONFIG, WEIGHTS, AdapterConfig, attach, save_adapter
+from loram.distil import DistilConfig, DistilLoss, Targets, train_
 from loram.errors import UserError, refuse
 from loram.evaluate import perplexity
 from loram.loss import CausalLoss
@@ -62,6 +63,8 @@ class Job:
     held_out: Packed
     config: TrainConfig
     adapter: AdapterConfig | None
+    distil: DistilConfig | None
+    targets: Path | None
     place: Place
     work: Path
     called: float  # Unix seconds
@@ -78,6 +81,8 @@ def fit(
     place: Place,
     out: Path,
     work: Path,
+    distil: DistilConfig | None = None,
+    targets: Path | None = None,
 ) -> Metrics:
     """Train on a Ray cluster and write the best model by held-out loss.
 
@@ -87,6 +92,7 @@ def fit(
             not, copied to every worker (DDP); `out` becomes a PEFT adapter directory.
         model: directory or hub id of a full, pruned or NF4 model.
         train, held_out: packed rows.
+        distil, targets: align by distillation, towards these targets of the rows in `train`.
         work: keeps checkpoints, `metrics.jsonl` (a line a step: loss, lr, grad_norm, tokens,
             tokens_per_second, peak_memory ...; a line an evaluation: held_out_loss) and
             `rows-<rank>.jsonl`, the rows each worker saw at each step.
@@ -112,6 +118,8 @@ def fit(
         Packed(Path(held_out).absolute()),
         config,
         adapter,
+        distil,
+        targets and targets.absolute(),
         place,
         work,
         called,
@@ -171,6 +179,9 @@ def _work(job: Job) -> dict[str, Any]:
     ids = steps.reshape(config.steps, size, share)[start:, rank]
     rows = stream(job.train, ids.ravel(), place.micro_batch)
     rows = chain(list(islice(rows, 1)), rows)  # waits until Ray Data has started
+    if job.targets:
+        targets = Targets(job.targets)
+        rows = (batch | targets.fetch(batch["row"]) for batch in rows)
     seen = go_on(job.work / f"rows-{rank}.jsonl", start)
     curve = go_on(job.work / CURVE, start) if rank == 0 else None
     started = time.time()
@@ -209,7 +220,10 @@ def _build(job: Job, device: torch.device) -> tuple[nn.Module, Any]:
         assert job.adapter
         adapted = attach(model, job.adapter, job.config.seed)
         return replicate(CausalLoss(adapted)), adapted
-    module = CausalLoss(train_all_(model))
+    if job.distil:
+        module = DistilLoss(train_(model, job.distil), job.distil)
+    else:
+        module = CausalLoss(train_all_(model))
     return (shard(module, device) if sharded else masters_(module)), model
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from loram.prune import STRUCTURED
-from pipelines import steps
+from pipelines import imitate, steps
 from pipelines.corpus import build_corpus, build_instruct
 from pipelines.recipe import Recipe
 from pipelines.sample import CorpusConfig, InstructConfig, readings
@@ -103,8 +103,17 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         names = data if recipe.compensate.data == "both" else (recipe.compensate.data,)
         fitted: dict[str, Step | Source] = {data[name].name: data[name] for name in names}
         fitted |= {"model": model, "pruned": pruned}
-        small = heavy("compensate", steps.compensate, recipe.compensate, fitted)
-    if recipe.align.steps:
+        small = heavy("compensate", imitate.compensate, recipe.compensate, fitted)
+    if recipe.align.steps and recipe.distil.trained:
+        total = recipe.align.steps * recipe.align.global_batch
+        wanted = imitate.TargetsConfig(
+            recipe.distil.top, recipe.distil.hidden_layers, total, recipe.align.seed
+        )
+        targets = heavy("targets", imitate.targets, wanted, {"model": model, "corpus": corpus})
+        distilled = imitate.DistilledConfig(recipe.align, recipe.distil)
+        aligned = {"pruned": small, "corpus": corpus, "targets": targets}
+        small = light("distil", imitate.distil, distilled, aligned)
+    elif recipe.align.steps:
         aligned = {"pruned": small, "corpus": corpus}
         small = light("align", steps.align, recipe.align, aligned)
     if sparse:

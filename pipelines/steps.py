@@ -1,23 +1,19 @@
 """The steps of the method: each reads input directories, calls loram and writes one directory.
 
-Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that prepare data.
+Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that prepare data,
+`imitate.py` those that make the small model behave like the large one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
 
 import loram.adapter
-import loram.compensate
 import loram.prune
 import loram.sparse
 from loram.adapter import AdapterConfig, open_adapted
-from loram.compensate import CompensateConfig
 from loram.evaluate import perplexity
-from loram.loss import Batch
 from loram.model import load, local, read_config, save
 from loram.packing import Packed, batches
 from loram.plan import pruned_size, size
@@ -25,6 +21,7 @@ from loram.prune import PruneConfig, choose, copy_companions
 from loram.taylor import Scores, random_scores, taylor_scores
 from loram.train import TrainConfig
 from pipelines.fit import fit
+from pipelines.imitate import calibration
 from pipelines.place import Place
 from pipelines.step import Metrics
 
@@ -64,7 +61,7 @@ def score(
     if corpus is None:
         random_scores(read_config(model), config.seed).save(out)
         return {}
-    rows, tokens = _calibration(corpus, config.rows, place)
+    rows, tokens = calibration(corpus, config.rows, place)
     scores = taylor_scores(model, rows, work=work, device=place.device, dtype=torch.bfloat16)
     scores.save(out)
     return {"calibration_tokens": tokens, "peak_memory_bytes": place.peak_memory()}
@@ -93,32 +90,12 @@ def sparsify(
     config: SparsifyConfig, *, model: str, corpus: Path, out: Path, work: Path, place: Place
 ) -> Metrics:
     """Remove single weights by SparseGPT; the copy keeps its shapes, and its masks beside it."""
-    rows, tokens = _calibration(corpus, config.rows, place)
+    rows, tokens = calibration(corpus, config.rows, place)
     found = loram.sparse.sparsify(model, out, rows, config.prune, work=work, device=place.device)
     full = read_config(model)
     before, after = size(full).total, pruned_size(full, config.prune).total
     counts = {"parameters": before, "pruned_parameters": after, "reduction": before / after}
     return found | counts | {"calibration_tokens": tokens}
-
-
-def compensate(
-    config: CompensateConfig,
-    *,
-    model: str,
-    pruned: Path,
-    corpus: Path | None = None,
-    instruct: Path | None = None,
-    out: Path,
-    work: Path,
-    place: Place,
-) -> Metrics:
-    """Fit low-rank stand-ins for what was removed, on general text, on the task, or on both."""
-    data = [path for path in (corpus, instruct) if path]
-    rows = [_calibration(path, config.rows // len(data), place)[0] for path in data]
-    options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
-    found = loram.compensate.compensate(model, pruned, out, chain(*rows), config, **options)
-    stand_ins = size(read_config(out)).stand_ins
-    return found | {"stand_in_parameters": stand_ins, "peak_memory_bytes": place.peak_memory()}
 
 
 @dataclass(frozen=True)
@@ -229,10 +206,3 @@ def evaluate(
         metrics |= {f"{domain}_{name}": value for name, value in found.items()}
     metrics["peak_memory_bytes"] = place.peak_memory()
     return metrics
-
-
-def _calibration(corpus: Path, count: int, place: Place) -> tuple[Iterator[Batch], int]:
-    """The first packed rows of the corpus, and their number of tokens."""
-    packed = Packed(corpus / "train")
-    rows = range(min(count, packed.rows))
-    return batches(packed, rows, place.micro_batch), len(rows) * packed.seq_len
