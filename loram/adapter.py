@@ -76,6 +76,24 @@ def attach(
     return adapted
 
 
+def restrict_(model: PeftModel, pruned: Path) -> dict[nn.Parameter, Tensor]:
+    """Confine the LoRA of a full model to the positions that a pruned model has.
+
+    What trains so, on the full model, is a bound for what recovery can give.
+
+    Returns: masks for `loram.train.train`, which keep the other positions at zero.
+    """
+    masks = {}
+    for name, cut in Kept.load(pruned).slices(model.config).items():
+        module = model.base_model.model.get_submodule(name)
+        if not hasattr(module, "lora_A"):
+            continue
+        factor = (module.lora_B, module.lora_A)[cut.dim]["default"].weight
+        masks[factor] = cut.put(torch.ones_like(cut.take(factor.data))).bool()
+        factor.data.mul_(masks[factor])
+    return masks
+
+
 def save_adapter(model: PeftModel, out: Path) -> None:
     """Write the adapter alone: a stock PEFT directory, or, of a masked update, one with masks."""
     model.save_pretrained(out, save_embedding_layers=False)

@@ -19,7 +19,7 @@ from pipelines.assets import home
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.sources import peek
 
-COMPARISONS = ("lora", "qlora")
+COMPARISONS = ("lora", "bound", "qlora")
 
 
 def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
@@ -70,6 +70,8 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
         )
     if unknown := sorted(set(recipe.compare) - set(COMPARISONS)):
         refuse("compare", repr(unknown[0]), ", ".join(COMPARISONS))
+    if "bound" in recipe.compare and recipe.prune.method not in STRUCTURED:
+        refuse("compare", f"bound with prune.method {recipe.prune.method}", "rand, stru")
     for name in ("r", "alpha"):
         _at_least(f"adapter.{name}", getattr(recipe.adapter, name), 1)
     if not 0 <= recipe.adapter.dropout < 1:

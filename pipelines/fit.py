@@ -24,7 +24,7 @@ import torch
 from ray.train import CheckpointUploadMode
 from torch import nn
 
-from loram.adapter import CONFIG, WEIGHTS, AdapterConfig, attach, save_adapter
+from loram.adapter import CONFIG, WEIGHTS, AdapterConfig, attach, restrict_, save_adapter
 from loram.distil import DistilConfig, DistilLoss, Targets, train_
 from loram.errors import UserError, refuse
 from loram.evaluate import perplexity
@@ -65,6 +65,7 @@ class Job:
     adapter: AdapterConfig | None
     distil: DistilConfig | None
     targets: Path | None
+    kept: Path | None
     place: Place
     work: Path
     called: float  # Unix seconds
@@ -83,6 +84,7 @@ def fit(
     work: Path,
     distil: DistilConfig | None = None,
     targets: Path | None = None,
+    kept: Path | None = None,
 ) -> Metrics:
     """Train on a Ray cluster and write the best model by held-out loss.
 
@@ -93,6 +95,7 @@ def fit(
         model: directory or hub id of a full, pruned or NF4 model.
         train, held_out: packed rows.
         distil, targets: align by distillation, towards these targets of the rows in `train`.
+        kept: of a pruned model, to train `adapter` on the full one at its positions alone.
         work: keeps checkpoints, `metrics.jsonl` (a line a step: loss, lr, grad_norm, tokens,
             tokens_per_second, peak_memory ...; a line an evaluation: held_out_loss) and
             `rows-<rank>.jsonl`, the rows each worker saw at each step.
@@ -120,6 +123,7 @@ def fit(
         adapter,
         distil,
         targets and targets.absolute(),
+        kept and kept.absolute(),
         place,
         work,
         called,
@@ -170,6 +174,8 @@ def _work(job: Job) -> dict[str, Any]:
         torch.set_num_threads(place.cpus_per_worker)
     module, model = _build(job, device)
     masks = of_weights(model, job.model) if job.stage == "align" else None
+    if job.kept:
+        masks = restrict_(model, job.kept)
     optimizer = adamw(module, config)
     latest = ray.train.get_checkpoint()
     start = load_state(Path(latest.path), module, optimizer) if latest else 0

@@ -121,9 +121,10 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
     elif recipe.nf4:
         small = heavy("quantise", steps.quantise, steps.Empty(), {"model": small})
 
-    def sft(name: str, frozen: Step | Source) -> Step:
+    def sft(name: str, frozen: Step | Source, kept: Step | None = None) -> Step:
         config = steps.SftConfig(recipe.sft, recipe.adapter)
-        return light(name, steps.sft, config, {"model": frozen, "instruct": instruct})
+        given: dict[str, Step | Source] = {"model": frozen, "instruct": instruct}
+        return light(name, steps.sft, config, given | ({"kept": kept} if kept else {}))
 
     def evaluate(name: str, frozen: Step | Source, adapter: Step | None = None) -> Step:
         given = {"model": frozen, "in_domain": in_domain, "out_of_domain": out_of_domain}
@@ -135,6 +136,10 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
     if "lora" in recipe.compare:
         lora = sft("sft_lora", model)
         variants.append(Variant("LoRA", evaluate("lora", model, lora), lora, model))
+    if "bound" in recipe.compare:
+        bound = sft("sft_bound", model, pruned)
+        evaluated = evaluate("bound", model, bound)
+        variants.append(Variant("LoRA where pruning keeps", evaluated, bound, model))
     if "qlora" in recipe.compare:
         nf4 = heavy("quantise_full", steps.quantise, steps.Empty(), {"model": model})
         qlora = sft("sft_qlora", nf4)

@@ -65,7 +65,8 @@ class Recipe:
         nf4: QLoRAM: quantise the pruned and aligned model before SFT.
         distil: align towards the large model's answers instead of the next token.
         correct: correct the recovered adapter for weights that alignment, SparseGPT or NF4 changed.
-        compare: what to train beside LoRAM: `lora` and `qlora` on the full model.
+        compare: what to train on the full model beside LoRAM: `lora`; `qlora`; `bound`, LoRA at the
+            positions that pruning keeps alone.
         store, tracking: directory of results and MLflow server; empty for the default ones.
     """
 

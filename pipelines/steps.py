@@ -146,11 +146,13 @@ def sft(
     *,
     model: Path | str,
     instruct: Path,
+    kept: Path | None = None,
     out: Path,
     work: Path,
     place: Place,
 ) -> Metrics:
-    """Train a LoRA adapter on the model as it is: small or full, 16-bit or NF4."""
+    """Train a LoRA adapter on the model as it is: small or full, 16-bit or NF4; with `kept`, a
+    pruned model, on the full one at the positions that pruning keeps."""
     return fit(
         "sft",
         model=Path(model),
@@ -161,6 +163,7 @@ def sft(
         place=place,
         out=out,
         work=work,
+        kept=kept,
     )
 
 
