@@ -30,7 +30,7 @@ from loram.prune import copy_companions
 from loram.pruned import compensated_config
 from loram.ridge import Fit
 from loram.shards import write_index, write_part
-from loram.stand_in import cut_blocks
+from loram.stand_in import blocks_to_fill
 
 KINDS = ("self_attn", "mlp")
 NORMS = ("input_layernorm", "post_attention_layernorm")  # before each
@@ -64,7 +64,7 @@ def compensate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Write the pruned model with a stand-in for each sub-block that was cut to `out`.
+    """Write the pruned model with a stand-in in each sub-block of every cut layer to `out`.
 
     `out` becomes a model directory like `pruned`, with `model.layers.<i>.<block>.stand_in.P` and
     `.Q` beside its weights, in their dtype. Peak memory: one layer of each model in float32, the
@@ -205,11 +205,11 @@ def _output(layers: Layers, layer: nn.Module, number: int, hidden: Tensor, batch
 
 
 def _blocks(full: Layers, pruned: Path) -> list[str]:
-    """The sub-blocks of which something was removed."""
+    """The sub-blocks of every layer of which something was removed."""
     removed = set(Kept.load(pruned).slices(full.config))
     for i in range(len(full)):
         removed |= set(layer_masks(pruned, i))
-    return cut_blocks(removed)
+    return blocks_to_fill(removed)
 
 
 def _real(batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.layers import Layers, Spool, forward
 from loram.loss import CHUNK, Batch, CausalLoss
@@ -106,6 +106,12 @@ def hidden_layers(count: int, config: DistilConfig) -> list[int]:
     """The layers whose inputs are kept, of `count`; the first's, the embeddings, never is one."""
     parts = config.hidden_layers + 1
     return sorted({round(count * j / parts) for j in range(1, parts)} - {0})
+
+
+def target_bytes(config: PreTrainedConfig, distil: DistilConfig, positions: int) -> int:
+    """What `write_targets` will write for so many positions, but for the files' headers."""
+    kept = len(hidden_layers(config.num_hidden_layers, distil))
+    return positions * (6 * distil.top + kept * (config.hidden_size + 4))
 
 
 class Targets:

@@ -15,7 +15,7 @@ from loram.kept import Kept
 from loram.packed import PackedLinear
 from loram.prune import STRUCTURED, PruneConfig, choose, pattern
 from loram.pruned import compensated_config, meta_model, packed_config, pruned_config
-from loram.stand_in import StandIn, cut_blocks
+from loram.stand_in import StandIn, blocks_to_fill
 from loram.taylor import random_scores
 
 # Bits of one NF4 weight with double quantisation (QLoRA, section 3): 4, an 8-bit constant for
@@ -102,7 +102,7 @@ def planned_config(config: PreTrainedConfig, prune: PruneConfig, rank: int = 0) 
 
 
 def _compensated(config: PreTrainedConfig, cut: Iterable[str], rank: int) -> PreTrainedConfig:
-    return compensated_config(config, dict.fromkeys(cut_blocks(cut), rank)) if rank else config
+    return compensated_config(config, dict.fromkeys(blocks_to_fill(cut), rank)) if rank else config
 
 
 def lora_parameters(config: PreTrainedConfig, adapter: AdapterConfig) -> int:

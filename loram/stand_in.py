@@ -32,11 +32,11 @@ def stand_in_(block: nn.Module, hidden: int, rank: int) -> None:
     block.register_forward_hook(_beside, with_kwargs=True)
 
 
-def cut_blocks(linears: Iterable[str]) -> list[str]:
-    """The sub-blocks that these linears are in, `model.layers.<i>.self_attn` or `.mlp`, in order
-    of the forward pass."""
-    names = {name.rpartition(".")[0] for name in linears}
-    return sorted(names, key=lambda name: (int(name.split(".")[2]), name.endswith("mlp")))
+def blocks_to_fill(cut: Iterable[str]) -> list[str]:
+    """Attention and MLP, `model.layers.<i>.self_attn` and `.mlp`, of every layer of which one of
+    its linears was cut: also a whole sub-block's input is no longer what it was."""
+    layers = sorted({int(name.split(".")[2]) for name in cut})
+    return [f"model.layers.{i}.{block}" for i in layers for block in ("self_attn", "mlp")]
 
 
 def _beside(

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from loram.compensate import DATA, CompensateConfig
-from loram.distil import TRAINED
+from loram.distil import TRAINED, target_bytes
 from loram.errors import refuse
 from loram.model import check_weights, load_tokenizer, read_config
 from loram.plan import planned_config, size
@@ -19,7 +19,7 @@ from pipelines.assets import home
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.sources import peek
 
-COMPARISONS = ("lora", "bound", "qlora")
+COMPARISONS = ("lora", "qlora", "bound")
 
 
 def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
@@ -31,7 +31,7 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    check_store(store, config)
+    check_store(store, config, distil_bytes(recipe, config))
     check_model(recipe.model)
     for setting, sources, kind in (
         ("corpus.sources", recipe.corpus.sources, Corpus),
@@ -127,6 +127,14 @@ def _check_distillation(config: PreTrainedConfig, recipe: Recipe) -> None:
         refuse("distil.hidden_weight", distil.hidden_weight, "a number from 0")
 
 
+def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """What the large model's targets take on disk at most."""
+    if not recipe.distil.trained:
+        return 0
+    positions = recipe.align.steps * recipe.align.global_batch * recipe.align.seq_len
+    return target_bytes(config, recipe.distil, positions)
+
+
 def _check_training(
     name: str, train: TrainConfig, recipe: Recipe, config: PreTrainedConfig
 ) -> None:
@@ -182,8 +190,12 @@ def check_hardware(recipe: Recipe) -> None:
         refuse("GPU", f"compute capability {found}", "8.0 or newer, for bfloat16")
 
 
-def check_store(store: Path, config: PreTrainedConfig) -> None:
-    """The store can be written and holds what a run of this model leaves there."""
+def check_store(store: Path, config: PreTrainedConfig, targets: int = 0) -> None:
+    """The store can be written and holds what a run of this model leaves there.
+
+    Args:
+        targets: bytes of the large model's, for distillation.
+    """
     try:
         store.mkdir(parents=True, exist_ok=True)
         probe = store / f".probe-{os.getpid()}"
@@ -192,7 +204,7 @@ def check_store(store: Path, config: PreTrainedConfig) -> None:
     except OSError as error:
         refuse("store", f"{store}, not writable ({error.strerror})", "a writable directory")
     # Pruned, aligned and quantised copies, and checkpoints of alignment in float32 with moments.
-    needed, free = 15 * size(config).total, shutil.disk_usage(store).free
+    needed, free = 15 * size(config).total + targets, shutil.disk_usage(store).free
     if free < needed:
         refuse("store", f"{free / 1e9:.1f} GB free at {store}", f"{needed / 1e9:.1f} GB or more")
 

@@ -9,7 +9,7 @@ from loram.errors import UserError
 from loram.model import read_config
 from loram.prune import STRUCTURED
 from loram.train import TrainConfig
-from pipelines.check import check, check_settings
+from pipelines.check import check, check_settings, distil_bytes
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
@@ -82,6 +82,9 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     )
     if small.stand_ins:
         table.add_row("of these, stand-ins for what was removed", f"{small.stand_ins:,}", "")
+    if recipe.distil.trained:
+        disk = distil_bytes(recipe, config)
+        table.add_row("the large model's targets, bytes on disk at most", f"{disk:,}", "")
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
     table.add_row(
         "pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", ""
@@ -129,6 +132,10 @@ def _tokens(recipe: Recipe) -> Table:
         tokens = train.steps * train.global_batch * train.seq_len
         table.add_row(name, str(train.steps), f"{tokens:,}")
 
+    if recipe.compensate.rank:
+        # One pass of the large model and of the small one, without gradients.
+        seq_len = max(recipe.align.seq_len, recipe.sft.seq_len)
+        table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
     row("align", recipe.align)
     row("sft", recipe.sft)
     for name in recipe.compare:

@@ -5,7 +5,15 @@ import torch
 
 import loram.distil
 from loram.compensate import CompensateConfig, compensate
-from loram.distil import DistilConfig, DistilLoss, Targets, hidden_layers, train_, write_targets
+from loram.distil import (
+    DistilConfig,
+    DistilLoss,
+    Targets,
+    hidden_layers,
+    target_bytes,
+    train_,
+    write_targets,
+)
 from loram.loss import to_device
 from loram.model import load, save
 from loram.prune import PruneConfig, choose, prune
@@ -44,7 +52,9 @@ def test_targets_are_those_of_the_whole_model(family, tmp_path):
     assert hidden_layers(4, CONFIG) == [1, 3]
     positions = 8 * 48
     assert written["tokens"] == positions
-    assert 0 < written["bytes"] - positions * (8 * 6 + 2 * (64 + 4)) < 2 * 6 * 200  # headers
+    assert target_bytes(model.config, CONFIG, positions) == positions * (8 * 6 + 2 * (64 + 4))
+    headers = written["bytes"] - target_bytes(model.config, CONFIG, positions)
+    assert 0 < headers < 2 * 6 * 200
     found = Targets(tmp_path / "out").fetch(torch.tensor([100, 30, 70]))
     whole = [outputs(model, batch) for batch in given]
     for n, (batch, row) in enumerate([(0, 0), (1, 3), (0, 3)]):
