@@ -216,9 +216,9 @@ def _top(head: nn.Module, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
     found: Iterator[Any] = (
         head(part).float().log_softmax(-1).topk(count) for part in hidden.flatten(0, 1).split(CHUNK)
     )
-    values, ids = zip(*((top.values.half(), top.indices.int()) for top in found), strict=True)
+    values, ids = zip(*((top.values, top.indices.int()) for top in found), strict=True)
     shape = (*hidden.shape[:2], count)
-    return torch.cat(values).view(shape), torch.cat(ids).view(shape)
+    return torch.cat(values).half().view(shape), torch.cat(ids).view(shape)
 
 
 def _float8(hidden: Tensor) -> tuple[Tensor, Tensor]:

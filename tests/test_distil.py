@@ -134,12 +134,13 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(loram.distil, "forward", forward)
     (tmp_path / "out").mkdir()
     arguments = tmp_path / "base", tmp_path / "out", numbered(), CONFIG
+    bf16 = {"dtype": torch.bfloat16}  # as the pipeline calls it
     with pytest.raises(OSError, match="No space"):
-        write_targets(*arguments, work=tmp_path / "work")
-    write_targets(*arguments, work=tmp_path / "work")
+        write_targets(*arguments, work=tmp_path / "work", **bf16)
+    write_targets(*arguments, work=tmp_path / "work", **bf16)
     assert asked == [0, 1, 2, 2, 3]
     (tmp_path / "once").mkdir()
-    write_targets(arguments[0], tmp_path / "once", *arguments[2:], work=tmp_path / "other")
+    write_targets(arguments[0], tmp_path / "once", *arguments[2:], work=tmp_path / "other", **bf16)
     for file in (tmp_path / "once").rglob("*.safetensors"):
         again = tmp_path / "out" / file.relative_to(tmp_path / "once")
         assert file.read_bytes() == again.read_bytes()
