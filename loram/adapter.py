@@ -1,16 +1,19 @@
 """LoRA on the small model, and its way back to the large one."""
 
 import json
+import math
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loram.correct import Changes, corrected
 from loram.errors import refuse
 from loram.kept import Kept
 from loram.masked import PEFT_TYPE, MaskedLora, set_masks_
@@ -73,6 +76,24 @@ def attach(
     return adapted
 
 
+def restrict_(model: PeftModel, pruned: Path) -> dict[nn.Parameter, Tensor]:
+    """Confine the LoRA of a full model to the positions that a pruned model has.
+
+    What trains so, on the full model, is a bound for what recovery can give.
+
+    Returns: masks for `loram.train.train`, which keep the other positions at zero.
+    """
+    masks = {}
+    for name, cut in Kept.load(pruned).slices(model.config).items():
+        module = model.base_model.model.get_submodule(name)
+        if not hasattr(module, "lora_A"):
+            continue
+        factor = (module.lora_B, module.lora_A)[cut.dim]["default"].weight
+        masks[factor] = cut.put(torch.ones_like(cut.take(factor.data))).bool()
+        factor.data.mul_(masks[factor])
+    return masks
+
+
 def save_adapter(model: PeftModel, out: Path) -> None:
     """Write the adapter alone: a stock PEFT directory, or, of a masked update, one with masks."""
     model.save_pretrained(out, save_embedding_layers=False)
@@ -84,7 +105,9 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
+def recover(
+    adapter: Path, pruned: Path, base: str | Path, out: Path, small: Path | None = None
+) -> None:
     """Re-shape an adapter of the pruned model so that it fits the full model.
 
     The factor that shares the cut dimension (lora_B rows of q, k, v, gate, up; lora_A columns of
@@ -95,7 +118,9 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     Args:
         adapter: PEFT adapter directory trained on the pruned model.
         pruned: directory with the `kept.safetensors` of that model.
-        base: the full model, a directory or a hub id; only its config is read.
+        base: the full model, a directory or a hub id; without `small` only its config is read.
+        small: the directory that the adapter was trained on, to correct the adapter for weights
+            that alignment, SparseGPT or NF4 changed (`loram.correct`).
 
     Raises:
         UserError: an adapter that is not plain LoRA, or that does not fit the pruned model.
@@ -103,26 +128,50 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     adapter, out = Path(adapter), Path(out)
     config = json.loads((adapter / CONFIG).read_text())
     refuse_unless_plain(config)
+    if small and config["peft_type"] == PEFT_TYPE:
+        refuse("correct", "true with adapter.masked", "one of the two")
     slices = Kept.load(pruned).slices(read_config(base))
-    tensors = {}
+    changes = Changes(base, small, slices) if small else None
+    tensors: dict[str, Tensor] = {}
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
-        for name in file.keys():
-            tensor, (module, factor, _) = file.get_tensor(name), name.rsplit(".", 2)
-            cut = slices.get(module.removeprefix("base_model.model."))
-            if cut and cut.dim == ("lora_B", "lora_A").index(factor):
-                if tensor.shape[cut.dim] != len(cut.index):
+        for module, names in groupby(sorted(file.keys()), lambda name: name.rsplit(".", 2)[0]):
+            named = {name.rsplit(".", 2)[1]: name for name in names}
+            factors = {factor: file.get_tensor(name) for factor, name in named.items()}
+            full_name = module.removeprefix("base_model.model.")
+            cut = slices.get(full_name)
+            if cut:
+                cut_factor = ("lora_B", "lora_A")[cut.dim]
+                shape = factors[cut_factor].shape
+                if shape[cut.dim] != len(cut.index):
                     refuse(
                         "adapter",
-                        f"{name} of shape {tuple(tensor.shape)}",
+                        f"{module}.{cut_factor} of shape {tuple(shape)}",
                         f"{len(cut.index)} along dim {cut.dim}, as the pruned model in {pruned}",
                     )
-                tensor = cut.put(tensor)
-            tensors[name] = tensor
+            change = changes.of(full_name) if changes else None
+            if change is not None:
+                a, b = factors["lora_A"], factors["lora_B"]
+                scale = scaling(config, len(a))
+                factors["lora_A"], factors["lora_B"] = corrected(a, b, change, scale)
+            if cut:
+                factors[cut_factor] = cut.put(factors[cut_factor])
+            tensors |= {named[factor]: tensor for factor, tensor in factors.items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     config |= {"base_model_name_or_path": str(base), "inference_mode": True}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     copy_masks(adapter, out)
+
+
+def scaling(config: dict, r: int) -> float:
+    """s, the factor before lora_B @ lora_A.
+
+    Raises:
+        UserError: another one for each module.
+    """
+    if config.get("alpha_pattern"):
+        refuse("adapter alpha_pattern", config["alpha_pattern"], "none where it is corrected")
+    return config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def refuse_unless_plain(config: dict) -> None:

@@ -84,9 +84,12 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """What `CausalLoss` takes of a batch."""
-    names = ("input_ids", "labels", "position_ids")
-    return {name: batch[name].to(device, non_blocking=True) for name in names}
+    """What a loss takes of a batch: all but the numbers of its rows."""
+    return {
+        name: tensor.to(device, non_blocking=True)
+        for name, tensor in batch.items()
+        if name != "row"
+    }
 
 
 def _cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -119,6 +119,22 @@ def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len
     return max(4 * _count(layer) + in_layer, 4 * head.weight.numel() + live.peak)
 
 
+def compensate_bytes(config: PreTrainedConfig, rows: int, seq_len: int) -> int:
+    """Peak of compensation of a full model of that config: a layer of it and of the small one, and
+    activations, in float32; of one sub-block the second moments, in float32 and, while they are
+    solved, five times in float64."""
+    model, _ = _layers_of_each_shape(config)
+    layer = model.model.layers[-1]
+    model.float()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu")
+        live = _Live([model])
+        with live:
+            hidden, given = _inputs(model, rows, seq_len)
+            layer(hidden, **given)
+    return 2 * 4 * _count(layer) + (2 * 4 + 5 * 8) * config.hidden_size**2 + live.peak
+
+
 def _layers_of_each_shape(config: PreTrainedConfig) -> tuple[PreTrainedModel, list[int]]:
     """The model in bf16 without storage, of equal layers the last alone; how many there were."""
     model = meta_model(config).bfloat16()

@@ -4,6 +4,7 @@ The counts come from the model classes themselves, built on the meta device, so 
 that could drift from the code. They reproduce the paper's tables to the last digit.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +14,8 @@ from loram.adapter import AdapterConfig
 from loram.kept import Kept
 from loram.packed import PackedLinear
 from loram.prune import STRUCTURED, PruneConfig, choose, pattern
-from loram.pruned import meta_model, packed_config, pruned_config
+from loram.pruned import compensated_config, meta_model, packed_config, pruned_config
+from loram.stand_in import StandIn, blocks_to_fill
 from loram.taylor import random_scores
 
 # Bits of one NF4 weight with double quantisation (QLoRA, section 3): 4, an 8-bit constant for
@@ -29,6 +31,7 @@ class Size:
         total: all parameters, tied ones once.
         linears: those in the decoder's linears, which NF4 quantises.
         masked: places of single weights that survived or not, one bit each.
+        stand_ins: parameters of the stand-ins for what was removed (`loram.stand_in`).
         frozen_in_alignment: lm_head, and the embeddings that are tied to it.
     """
 
@@ -36,6 +39,7 @@ class Size:
     linears: int
     frozen_in_alignment: int
     masked: int = 0
+    stand_ins: int = 0
 
     @property
     def bf16_bytes(self) -> int:
@@ -65,16 +69,21 @@ def size(config: PreTrainedConfig) -> Size:
             linears += module.weight.numel()
     total = sum(p.numel() for p in model.parameters()) + survivors
     head = model.get_output_embeddings().weight
-    return Size(total, linears + survivors, head.numel(), masked)
+    parts = [m for m in model.modules() if isinstance(m, StandIn)]
+    stand_ins = sum(p.numel() for part in parts for p in part.parameters())
+    return Size(total, linears + survivors, head.numel(), masked, stand_ins)
 
 
-def pruned_size(config: PreTrainedConfig, prune: PruneConfig) -> Size:
+def pruned_size(config: PreTrainedConfig, prune: PruneConfig, rank: int = 0) -> Size:
     """Parameter counts after pruning: they depend on the widths, not on which groups stay."""
-    return size(planned_config(config, prune))
+    return size(planned_config(config, prune, rank))
 
 
-def planned_config(config: PreTrainedConfig, prune: PruneConfig) -> PreTrainedConfig:
+def planned_config(config: PreTrainedConfig, prune: PruneConfig, rank: int = 0) -> PreTrainedConfig:
     """The config that pruning will produce, as far as shapes go; of sparse models, once packed.
+
+    Args:
+        rank: of the stand-ins, if what was removed is compensated.
 
     Raises:
         UserError: as `loram.prune.ratio`, or a pattern that does not divide a matrix.
@@ -87,9 +96,13 @@ def planned_config(config: PreTrainedConfig, prune: PruneConfig) -> PreTrainedCo
             if isinstance(module, nn.Linear) and ".layers." in name:
                 removed.check(module.in_features, name)
                 survivors[name] = removed.survivors(module.out_features, module.in_features)
-        return packed_config(config, survivors, nf4=False)
+        return _compensated(packed_config(config, survivors, nf4=False), survivors, rank)
     kept: Kept = choose(random_scores(config, 0), config, prune)
-    return pruned_config(config, kept)
+    return _compensated(pruned_config(config, kept), kept.slices(config), rank)
+
+
+def _compensated(config: PreTrainedConfig, cut: Iterable[str], rank: int) -> PreTrainedConfig:
+    return compensated_config(config, dict.fromkeys(blocks_to_fill(cut), rank)) if rank else config
 
 
 def lora_parameters(config: PreTrainedConfig, adapter: AdapterConfig) -> int:

@@ -1,13 +1,14 @@
 """Model classes with the shapes of pruned models, made on the fly from transformers' own.
 
 A pruned model whose layers are all cut alike is a stock model with smaller numbers in its config,
-and opens in any tool. Otherwise (some layers kept whole, the paper's setting; or single weights
-gone) its `model_type` is `loram_<base>`: a subclass of the stock class that changes its linears
-before `from_pretrained` fills them. Stock loaders refuse that name instead of re-initialising what
-does not fit.
+and opens in any tool. Otherwise (some layers kept whole, the paper's setting; single weights gone;
+stand-ins for what was removed) its `model_type` is `loram_<base>`: a subclass of the stock class
+that changes its modules before `from_pretrained` fills them. Stock loaders refuse that name instead
+of re-initialising what does not fit.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loram.kept import Kept, head_dim
 from loram.packed import PackedLinear
+from loram.stand_in import stand_in_
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 PREFIX = "loram_"
@@ -37,14 +39,7 @@ def pruned_config(config: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:
                 "intermediate_size": neurons[0],
             }
             return type(config).from_dict(common)
-    model_type = PREFIX + config.model_type
-    common |= {
-        "model_type": model_type,
-        "architectures": [model_class(model_type).__name__],
-        "kept_kv_heads": kv_heads,
-        "kept_neurons": neurons,
-    }
-    return config_class_of(model_type).from_dict(common)
+    return _own(config, {"kept_kv_heads": kv_heads, "kept_neurons": neurons})
 
 
 def packed_config(
@@ -55,16 +50,23 @@ def packed_config(
     Args:
         survivors: weights that each of these linears keeps, by module name.
     """
-    model_type = PREFIX + config.model_type
-    return config_class_of(model_type).from_dict(
-        config.to_dict()
-        | {
-            "model_type": model_type,
-            "architectures": [model_class(model_type).__name__],
-            "survivors": survivors,
-            "survivors_nf4": nf4,
-        }
-    )
+    return _own(config, {"survivors": survivors, "survivors_nf4": nf4})
+
+
+def compensated_config(config: PreTrainedConfig, ranks: dict[str, int]) -> PreTrainedConfig:
+    """The config of a pruned model with stand-ins (`loram.stand_in`).
+
+    Args:
+        ranks: of each stand-in, by the name of its sub-block; none leaves the config as it is.
+    """
+    return _own(config, {"stand_ins": ranks}) if ranks else config
+
+
+def _own(config: PreTrainedConfig, more: dict[str, Any]) -> PreTrainedConfig:
+    """The config with what stock classes know nothing of, under a name that they refuse."""
+    model_type = PREFIX + config.model_type.removeprefix(PREFIX)
+    named = {"model_type": model_type, "architectures": [model_class(model_type).__name__]}
+    return config_class_of(model_type).from_dict(config.to_dict() | named | more)
 
 
 @cache
@@ -87,8 +89,10 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
         stock.__init__(self, config)
         if hasattr(config, "survivors"):
             _pack_(self, config.survivors, config.survivors_nf4)
-        else:
+        if hasattr(config, "kept_kv_heads"):
             _shrink_(self, config.kept_kv_heads, config.kept_neurons)
+        for name, rank in getattr(config, "stand_ins", {}).items():
+            stand_in_(self.get_submodule(name), config.hidden_size, rank)
 
     body = {"__init__": __init__, "config_class": config_class_of(model_type)}
     return type(f"Loram{stock.__name__}", (stock,), body)

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from loram.compensate import DATA, CompensateConfig
+from loram.distil import TRAINED, target_bytes
 from loram.errors import refuse
 from loram.model import check_weights, load_tokenizer, read_config
 from loram.plan import planned_config, size
@@ -17,7 +19,7 @@ from pipelines.assets import home
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.sources import peek
 
-COMPARISONS = ("lora", "qlora")
+COMPARISONS = ("lora", "qlora", "bound")
 
 
 def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
@@ -29,7 +31,7 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    check_store(store, config)
+    check_store(store, config, distil_bytes(recipe, config))
     check_model(recipe.model)
     for setting, sources, kind in (
         ("corpus.sources", recipe.corpus.sources, Corpus),
@@ -50,8 +52,12 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     if config.model_type.startswith("loram_"):
         refuse("model", f"{recipe.model}, a pruned model", "the full model that it was cut from")
     _check_pruning(config, recipe.prune, recipe.adapter.masked)
+    if recipe.correct and recipe.adapter.masked:
+        refuse("correct", "true with adapter.masked", "one of the two")
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
+    _check_compensation(config, recipe.compensate)
+    _check_distillation(config, recipe)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
     if (
         min(recipe.prune.keep_first, recipe.prune.keep_last) < 0
@@ -64,6 +70,8 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
         )
     if unknown := sorted(set(recipe.compare) - set(COMPARISONS)):
         refuse("compare", repr(unknown[0]), ", ".join(COMPARISONS))
+    if "bound" in recipe.compare and recipe.prune.method not in STRUCTURED:
+        refuse("compare", f"bound with prune.method {recipe.prune.method}", "rand, stru")
     for name in ("r", "alpha"):
         _at_least(f"adapter.{name}", getattr(recipe.adapter, name), 1)
     if not 0 <= recipe.adapter.dropout < 1:
@@ -89,6 +97,42 @@ def _check_pruning(config: PreTrainedConfig, prune: PruneConfig, masked: bool) -
     planned_config(config, prune)
     if masked and prune.method in STRUCTURED:
         refuse("adapter.masked", f"true with prune.method {prune.method}", "semi, unst")
+
+
+def _check_compensation(config: PreTrainedConfig, compensate: CompensateConfig) -> None:
+    if not 0 <= compensate.rank <= config.hidden_size:
+        refuse("compensate.rank", compensate.rank, f"0 (none) to {config.hidden_size}")
+    if compensate.data not in DATA:
+        refuse("compensate.data", repr(compensate.data), ", ".join(DATA))
+    _at_least("compensate.rows", compensate.rows, 2 if compensate.data == "both" else 1)
+    if not 0 < compensate.damping < float("inf"):
+        refuse("compensate.damping", compensate.damping, "a number above 0")
+
+
+def _check_distillation(config: PreTrainedConfig, recipe: Recipe) -> None:
+    distil = recipe.distil
+    if not distil.trained:
+        return
+    if distil.trained not in TRAINED:
+        refuse("distil.trained", repr(distil.trained), ", ".join(TRAINED))
+    if not recipe.align.steps:
+        refuse("align.steps", "0 with distil.trained", "1 or more: it says how long")
+    if distil.trained == "stand_ins" and not recipe.compensate.rank:
+        refuse("distil.trained", "stand_ins with compensate.rank 0", "a rank to train, or all")
+    if not 1 <= distil.top <= config.vocab_size:
+        refuse("distil.top", distil.top, f"1 to {config.vocab_size}")
+    if not 0 <= distil.hidden_layers < config.num_hidden_layers:
+        refuse("distil.hidden_layers", distil.hidden_layers, f"0 to {config.num_hidden_layers - 1}")
+    if not 0 <= distil.hidden_weight < float("inf"):
+        refuse("distil.hidden_weight", distil.hidden_weight, "a number from 0")
+
+
+def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """What the large model's targets take on disk at most."""
+    if not recipe.distil.trained:
+        return 0
+    positions = recipe.align.steps * recipe.align.global_batch * recipe.align.seq_len
+    return target_bytes(config, recipe.distil, positions)
 
 
 def _check_training(
@@ -148,8 +192,12 @@ def check_hardware(recipe: Recipe) -> None:
         refuse("GPU", f"compute capability {found}", "8.0 or newer, for bfloat16")
 
 
-def check_store(store: Path, config: PreTrainedConfig) -> None:
-    """The store can be written and holds what a run of this model leaves there."""
+def check_store(store: Path, config: PreTrainedConfig, targets: int = 0) -> None:
+    """The store can be written and holds what a run of this model leaves there.
+
+    Args:
+        targets: bytes of the large model's, for distillation.
+    """
     try:
         store.mkdir(parents=True, exist_ok=True)
         probe = store / f".probe-{os.getpid()}"
@@ -158,7 +206,7 @@ def check_store(store: Path, config: PreTrainedConfig) -> None:
     except OSError as error:
         refuse("store", f"{store}, not writable ({error.strerror})", "a writable directory")
     # Pruned, aligned and quantised copies, and checkpoints of alignment in float32 with moments.
-    needed, free = 15 * size(config).total, shutil.disk_usage(store).free
+    needed, free = 15 * size(config).total + targets, shutil.disk_usage(store).free
     if free < needed:
         refuse("store", f"{free / 1e9:.1f} GB free at {store}", f"{needed / 1e9:.1f} GB or more")
 

@@ -9,7 +9,7 @@ from loram.errors import UserError
 from loram.model import read_config
 from loram.prune import STRUCTURED
 from loram.train import TrainConfig
-from pipelines.check import check, check_settings
+from pipelines.check import check, check_settings, distil_bytes
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
@@ -66,8 +66,9 @@ def _steps(graph: Graph, store: Store, known: bool) -> Table:
 
 
 def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
-    full, small = plan.size(config), plan.pruned_size(config, recipe.prune)
-    lora = plan.lora_parameters(plan.planned_config(config, recipe.prune), recipe.adapter)
+    planned = plan.planned_config(config, recipe.prune, recipe.compensate.rank)
+    full, small = plan.size(config), plan.size(planned)
+    lora = plan.lora_parameters(planned, recipe.adapter)
     table = Table("", "parameters", "reduction", title="Sizes")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -79,6 +80,11 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     table.add_row(
         "pruned, NF4 in bytes (4.127 bits; embeddings, head and norms in 16 bits)", "", honest
     )
+    if small.stand_ins:
+        table.add_row("of these, stand-ins for what was removed", f"{small.stand_ins:,}", "")
+    if recipe.distil.trained:
+        disk = distil_bytes(recipe, config)
+        table.add_row("the large model's targets, bytes on disk at most", f"{disk:,}", "")
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
     table.add_row(
         "pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", ""
@@ -87,7 +93,8 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
 
 
 def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
-    small, place = plan.planned_config(config, recipe.prune), recipe.place
+    small = plan.planned_config(config, recipe.prune, recipe.compensate.rank)
+    place = recipe.place
     # Weights pruned singly leave memory when the aligned model is packed.
     aligned = small if recipe.prune.method in STRUCTURED else config
     table = Table("stage", "GPU memory", title="Estimated peak memory a worker")
@@ -100,6 +107,9 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
     if recipe.prune.method != "rand":
         needed = memory.prune_bytes(config, recipe.prune, rows, seq_len)
         row("score, prune (a layer at a time)", needed)
+    if recipe.compensate.rank:
+        needed = memory.compensate_bytes(config, rows, seq_len)
+        row("compensate (a layer at a time)", needed)
     if recipe.align.steps:
         masked, workers = plan.size(small).masked, place.workers
         needed = memory.align_bytes(aligned, rows, seq_len, less, workers=workers, masked=masked)
@@ -120,6 +130,10 @@ def _tokens(recipe: Recipe) -> Table:
         tokens = train.steps * train.global_batch * train.seq_len
         table.add_row(name, str(train.steps), f"{tokens:,}")
 
+    if recipe.compensate.rank:
+        # One pass of the large model and of the small one, without gradients.
+        seq_len = max(recipe.align.seq_len, recipe.sft.seq_len)
+        table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
     row("align", recipe.align)
     row("sft", recipe.sft)
     for name in recipe.compare:

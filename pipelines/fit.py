@@ -24,7 +24,8 @@ import torch
 from ray.train import CheckpointUploadMode
 from torch import nn
 
-from loram.adapter import CONFIG, WEIGHTS, AdapterConfig, attach, save_adapter
+from loram.adapter import CONFIG, WEIGHTS, AdapterConfig, attach, restrict_, save_adapter
+from loram.distil import DistilConfig, DistilLoss, Targets, train_
 from loram.errors import UserError, refuse
 from loram.evaluate import perplexity
 from loram.loss import CausalLoss
@@ -63,6 +64,9 @@ class Job:
     held_out: Packed
     config: TrainConfig
     adapter: AdapterConfig | None
+    distil: DistilConfig | None
+    targets: Path | None
+    kept: Path | None
     place: Place
     work: Path
     called: float  # Unix seconds
@@ -79,6 +83,9 @@ def fit(
     place: Place,
     out: Path,
     work: Path,
+    distil: DistilConfig | None = None,
+    targets: Path | None = None,
+    kept: Path | None = None,
 ) -> Metrics:
     """Train on a Ray cluster and write the best model by held-out loss.
 
@@ -88,6 +95,8 @@ def fit(
             not, copied to every worker (DDP); `out` becomes a PEFT adapter directory.
         model: directory or hub id of a full, pruned or NF4 model.
         train, held_out: packed rows.
+        distil, targets: align by distillation, towards these targets of the rows in `train`.
+        kept: of a pruned model, to train `adapter` on the full one at its positions alone.
         work: keeps checkpoints, `metrics.jsonl` (a line a step: loss, lr, grad_norm, tokens,
             tokens_per_second, peak_memory ...; a line an evaluation: held_out_loss) and
             `rows-<rank>.jsonl`, the rows each worker saw at each step.
@@ -113,6 +122,9 @@ def fit(
         Packed(Path(held_out).absolute()),
         config,
         adapter,
+        distil,
+        targets and targets.absolute(),
+        kept and kept.absolute(),
         place,
         work,
         called,
@@ -165,6 +177,8 @@ def _work(job: Job) -> dict[str, Any]:
         torch.set_num_threads(place.cpus_per_worker)
     module, model = _build(job, device)
     masks = of_weights(model, job.model) if job.stage == "align" else None
+    if job.kept:
+        masks = restrict_(model, job.kept)
     optimizer = adamw(module, config)
     latest = ray.train.get_checkpoint()
     start = load_state(Path(latest.path), module, optimizer) if latest else 0
@@ -174,6 +188,9 @@ def _work(job: Job) -> dict[str, Any]:
     ids = steps.reshape(config.steps, size, share)[start : config.last, rank]
     rows = stream(job.train, ids.ravel(), place.micro_batch)
     rows = chain(list(islice(rows, 1)), rows)  # waits until Ray Data has started
+    if job.targets:
+        targets = Targets(job.targets)
+        rows = (batch | targets.fetch(batch["row"]) for batch in rows)
     seen = go_on(job.work / f"rows-{rank}.jsonl", start)
     curve = go_on(job.work / CURVE, start) if rank == 0 else None
     started = time.time()
@@ -212,7 +229,10 @@ def _build(job: Job, device: torch.device) -> tuple[nn.Module, Any]:
         assert job.adapter
         adapted = attach(model, job.adapter, job.config.seed)
         return replicate(CausalLoss(adapted)), adapted
-    module = CausalLoss(train_all_(model))
+    if job.distil:
+        module = DistilLoss(train_(model, job.distil), job.distil)
+    else:
+        module = CausalLoss(train_all_(model))
     return (shard(module, device) if sharded else masters_(module)), model
 
 

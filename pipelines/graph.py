@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from loram.prune import STRUCTURED
-from pipelines import steps
+from pipelines import imitate, steps
 from pipelines.corpus import build_corpus, build_instruct
 from pipelines.recipe import Recipe
 from pipelines.sample import CorpusConfig, InstructConfig, readings
@@ -98,17 +98,33 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         sparsify = steps.SparsifyConfig(recipe.prune, recipe.calibration_rows)
         pruned = heavy("prune", steps.sparsify, sparsify, {"model": model, "corpus": corpus})
     small: Step = pruned
-    if recipe.align.steps:
-        aligned = {"pruned": pruned, "corpus": corpus}
+    if recipe.compensate.rank:
+        data = {"corpus": corpus, "task": instruct}
+        names = data if recipe.compensate.data == "both" else (recipe.compensate.data,)
+        fitted: dict[str, Step | Source] = {data[name].name: data[name] for name in names}
+        fitted |= {"model": model, "pruned": pruned}
+        small = heavy("compensate", imitate.compensate, recipe.compensate, fitted)
+    if recipe.align.steps and recipe.distil.trained:
+        total = recipe.align.steps * recipe.align.global_batch
+        wanted = imitate.TargetsConfig(
+            recipe.distil.top, recipe.distil.hidden_layers, total, recipe.align.seed
+        )
+        targets = heavy("targets", imitate.targets, wanted, {"model": model, "corpus": corpus})
+        distilled = imitate.DistilledConfig(recipe.align, recipe.distil)
+        aligned = {"pruned": small, "corpus": corpus, "targets": targets}
+        small = light("distil", imitate.distil, distilled, aligned)
+    elif recipe.align.steps:
+        aligned = {"pruned": small, "corpus": corpus}
         small = light("align", steps.align, recipe.align, aligned)
     if sparse:
         small = heavy("pack", steps.pack, steps.PackConfig(recipe.nf4), {"model": small})
     elif recipe.nf4:
         small = heavy("quantise", steps.quantise, steps.Empty(), {"model": small})
 
-    def sft(name: str, frozen: Step | Source) -> Step:
+    def sft(name: str, frozen: Step | Source, kept: Step | None = None) -> Step:
         config = steps.SftConfig(recipe.sft, recipe.adapter)
-        return light(name, steps.sft, config, {"model": frozen, "instruct": instruct})
+        given: dict[str, Step | Source] = {"model": frozen, "instruct": instruct}
+        return light(name, steps.sft, config, given | ({"kept": kept} if kept else {}))
 
     def evaluate(name: str, frozen: Step | Source, adapter: Step | None = None) -> Step:
         given = {"model": frozen, "in_domain": in_domain, "out_of_domain": out_of_domain}
@@ -120,17 +136,19 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
     if "lora" in recipe.compare:
         lora = sft("sft_lora", model)
         variants.append(Variant("LoRA", evaluate("lora", model, lora), lora, model))
+    if "bound" in recipe.compare:
+        bound = sft("sft_bound", model, pruned)
+        evaluated = evaluate("bound", model, bound)
+        variants.append(Variant("LoRA where pruning keeps", evaluated, bound, model))
     if "qlora" in recipe.compare:
         nf4 = heavy("quantise_full", steps.quantise, steps.Empty(), {"model": model})
         qlora = sft("sft_qlora", nf4)
         variants.append(Variant("QLoRA", evaluate("qlora", nf4, qlora), qlora, nf4))
     adapter = sft("sft", small)
-    recovered = Step(
-        "recover",
-        steps.recover,
-        steps.Empty(),
-        {"adapter": adapter, "pruned": pruned, "base": model},
-    )
+    parts: dict[str, Step | Source] = {"adapter": adapter, "pruned": pruned, "base": model}
+    if recipe.correct:
+        parts["small"] = small
+    recovered = Step("recover", steps.recover, steps.Empty(), parts)
     ours = "QLoRAM" if recipe.nf4 else "LoRAM"
     ours += "-" + recipe.prune.method.capitalize()
     variants += [

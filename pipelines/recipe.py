@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from loram.adapter import AdapterConfig
+from loram.compensate import CompensateConfig
+from loram.distil import DistilConfig
 from loram.errors import refuse
 from loram.prune import PruneConfig
 from loram.train import TrainConfig
@@ -59,8 +61,12 @@ class Recipe:
     Attributes:
         model: directory or hub id of the full model.
         calibration_rows: packed corpus rows that Taylor scores are taken from.
+        compensate: stand-ins for what was removed, fitted between pruning and alignment.
         nf4: QLoRAM: quantise the pruned and aligned model before SFT.
-        compare: what to train beside LoRAM: `lora` and `qlora` on the full model.
+        distil: align towards the large model's answers instead of the next token.
+        correct: correct the recovered adapter for weights that alignment, SparseGPT or NF4 changed.
+        compare: what to train on the full model beside LoRAM: `lora`; `qlora`; `bound`, LoRA at the
+            positions that pruning keeps alone.
         store, tracking: directory of results and MLflow server; empty for the default ones.
     """
 
@@ -71,10 +77,13 @@ class Recipe:
     evaluate: Evaluate
     prune: PruneConfig = PruneConfig()
     calibration_rows: int = 32
+    compensate: CompensateConfig = CompensateConfig()
     align: TrainConfig = TrainConfig(steps=400, lr=5e-5)
+    distil: DistilConfig = DistilConfig()
     nf4: bool = True
     adapter: AdapterConfig = AdapterConfig()
     sft: TrainConfig = TrainConfig(steps=400, lr=1e-3)
+    correct: bool = False
     compare: tuple[str, ...] = ("lora",)
     place: Place = Place()
     store: str = ""

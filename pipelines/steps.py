@@ -1,9 +1,9 @@
 """The steps of the method: each reads input directories, calls loram and writes one directory.
 
-Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that prepare data.
+Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that prepare data,
+`imitate.py` those that make the small model behave like the large one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import loram.prune
 import loram.sparse
 from loram.adapter import AdapterConfig, open_adapted
 from loram.evaluate import perplexity
-from loram.loss import Batch
 from loram.model import load, local, read_config, save
 from loram.packing import Packed, batches
 from loram.plan import pruned_size, size
@@ -22,6 +21,7 @@ from loram.prune import PruneConfig, choose, copy_companions
 from loram.taylor import Scores, random_scores, taylor_scores
 from loram.train import TrainConfig
 from pipelines.fit import fit
+from pipelines.imitate import calibration
 from pipelines.place import Place
 from pipelines.step import Metrics
 
@@ -61,7 +61,7 @@ def score(
     if corpus is None:
         random_scores(read_config(model), config.seed).save(out)
         return {}
-    rows, tokens = _calibration(corpus, config.rows, place)
+    rows, tokens = calibration(corpus, config.rows, place)
     scores = taylor_scores(model, rows, work=work, device=place.device, dtype=torch.bfloat16)
     scores.save(out)
     return {"calibration_tokens": tokens, "peak_memory_bytes": place.peak_memory()}
@@ -90,7 +90,7 @@ def sparsify(
     config: SparsifyConfig, *, model: str, corpus: Path, out: Path, work: Path, place: Place
 ) -> Metrics:
     """Remove single weights by SparseGPT; the copy keeps its shapes, and its masks beside it."""
-    rows, tokens = _calibration(corpus, config.rows, place)
+    rows, tokens = calibration(corpus, config.rows, place)
     found = loram.sparse.sparsify(model, out, rows, config.prune, work=work, device=place.device)
     full = read_config(model)
     before, after = size(full).total, pruned_size(full, config.prune).total
@@ -146,11 +146,13 @@ def sft(
     *,
     model: Path | str,
     instruct: Path,
+    kept: Path | None = None,
     out: Path,
     work: Path,
     place: Place,
 ) -> Metrics:
-    """Train a LoRA adapter on the model as it is: small or full, 16-bit or NF4."""
+    """Train a LoRA adapter on the model as it is: small or full, 16-bit or NF4; with `kept`, a
+    pruned model, on the full one at the positions that pruning keeps."""
     return fit(
         "sft",
         model=Path(model),
@@ -161,6 +163,7 @@ def sft(
         place=place,
         out=out,
         work=work,
+        kept=kept,
     )
 
 
@@ -170,12 +173,14 @@ def recover(
     adapter: Path,
     pruned: Path,
     base: str,
+    small: Path | None = None,
     out: Path,
     work: Path,
     place: Place,
 ) -> Metrics:
-    """Re-shape the adapter of the small model for the large one (paper, section 3.4)."""
-    loram.adapter.recover(adapter, pruned, base, out)
+    """Re-shape the adapter of the small model for the large one (paper, section 3.4), and correct
+    it for the weights of `small`, the model that it was trained on, that were changed."""
+    loram.adapter.recover(adapter, pruned, base, out, small)
     return {"bytes": sum(file.stat().st_size for file in out.iterdir())}
 
 
@@ -204,10 +209,3 @@ def evaluate(
         metrics |= {f"{domain}_{name}": value for name, value in found.items()}
     metrics["peak_memory_bytes"] = place.peak_memory()
     return metrics
-
-
-def _calibration(corpus: Path, count: int, place: Place) -> tuple[Iterator[Batch], int]:
-    """The first packed rows of the corpus, and their number of tokens."""
-    packed = Packed(corpus / "train")
-    rows = range(min(count, packed.rows))
-    return batches(packed, rows, place.micro_batch), len(rows) * packed.seq_len

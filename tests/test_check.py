@@ -53,10 +53,20 @@ def refused(capsys, tmp_path):
         ("place.cpus_per_worker=4096", "4096 CPUs"),
         ("model=no/such-model-anywhere", "no/such-model-anywhere"),
         ("corpus.sources=[]", "corpus.sources"),
+        ("compensate.rank=65", "0 (none) to 64"),
+        ("compensate.data=web", "corpus, task, both"),
+        ("distil.trained=most", "all, stand_ins"),
+        ("distil.trained=stand_ins", "compensate.rank 0"),
     ],
 )
 def test_settings(refused, change, names):
     assert names in refused(change)
+
+
+def test_settings_that_exclude_each_other(refused):
+    assert "align.steps" in refused("distil.trained=all", "align.steps=0")
+    assert "adapter.masked" in refused("prune.method=semi", "adapter.masked=true", "correct=true")
+    assert "bound with prune.method unst" in refused("prune.method=unst", 'compare=["bound"]')
 
 
 def source(setting: str, path) -> str:

@@ -90,6 +90,28 @@ def test_first_run_then_a_changed_learning_rate(user):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_compensated_distilled_and_corrected(user):
+    """Every way to close the gap in one run, with the bound beside it; NF4."""
+    words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
+    words += ["distil.trained=stand_ins", "correct=true", 'compare=["lora","bound"]']
+    log = user("test", *words)
+    assert {"compensate", "targets", "distil", "quantise", "sft_bound", "recover"} <= made(log)
+    assert "│ LoRA where pruning keeps " in log and "│ QLoRAM-Stru, large " in log
+    report = Path(re.search(r"report +(\S+)", log).group(1))
+    records = {
+        name: json.loads((report.parents[2] / f"{name}-{key}" / "record.json").read_text())
+        for name, key in re.findall(r"^  (\w+) +(\w{12})  done in", log, re.M)
+    }
+    assert records["compensate"]["metrics"]["stand_in_parameters"] == 2 * 2 * 2 * 4 * 64
+    assert records["targets"]["metrics"]["bytes"] > 0
+    assert len(records["recover"]["inputs"]) == 4
+    adapter = Path(re.search(r"recovered adapter +(\S+)", log).group(1))
+    base = AutoModelForCausalLM.from_pretrained(home() / "assets" / "tiny-llama")
+    assert PeftModel.from_pretrained(base, adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_rand_without_alignment_in_16_bits(user):
     log = user("test", "prune.method=rand", "align.steps=0", "nf4=false", 'compare=["qlora"]')
     assert "LoRAM-Rand, large" in log and "│ QLoRA " in log and "no LoRA on the full" in log

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import loram.kept
 import loram.prune
-from loram.adapter import AdapterConfig, attach, merge, open_adapted, recover
+from loram.adapter import AdapterConfig, attach, merge, open_adapted, recover, restrict_
 from loram.errors import UserError
 from loram.kept import Kept, Slice, head_dim
 from loram.model import load, read_config, register, save
@@ -22,6 +22,7 @@ from loram.prune import PruneConfig, choose, prune
 from loram.pruned import PREFIX
 from loram.shards import Checkpoint
 from loram.taylor import random_scores
+from loram.train import TrainConfig, train
 from tests.conftest import FAMILIES, tiny_model
 
 CUT = PruneConfig(method="rand", ratio=0.5, keep_first=1, keep_last=1, seed=3)
@@ -277,6 +278,22 @@ def test_recovered_adapter_is_a_stock_adapter_of_the_base(family, tmp_path, recw
     assert {k: v.shape for k, v in fresh.items()} == {k: v.shape for k, v in recovered.items()}
     PeftModel.from_pretrained(base, tmp_path / "recovered")
     assert not [w for w in recwarn if "missing" in str(w.message) or "unexpected" in str(w.message)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_at_the_kept_positions_stays_there(family, tmp_path):
+    """The bound: trained in the full model, its update is one that recovery could have made."""
+    kept = make(family, tmp_path)
+    model = attach(load(tmp_path / "base", dtype=torch.float32), ADAPTER)
+    masks = restrict_(model, tmp_path / "pruned")
+    batches = [{"input_ids": IDS, "labels": IDS, "position_ids": torch.arange(24).repeat(2, 1)}]
+    batches[0]["row"] = torch.arange(2)
+    list(train(model, batches * 3, TrainConfig(3, 1e-2, 2, warmup_steps=1), masks=masks))
+    for name, cut in kept.slices(read_config(tmp_path / "base")).items():
+        module = model.get_submodule(f"base_model.model.{name}")
+        factor = (module.lora_B, module.lora_A)[cut.dim]["default"].weight.detach()
+        assert torch.equal(cut.put(cut.take(factor)), factor)
+        assert factor.any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

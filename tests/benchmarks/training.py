@@ -113,7 +113,7 @@ def flops(config: PreTrainedConfig, trained: float) -> float:
     adapter = AdapterConfig()
     heads = sum(layer.self_attn.q_proj.out_features for layer in meta_model(config).model.layers)
     return (
-        4 * size(config).linears
+        4 * (size(config).linears + size(config).stand_ins)
         + 6 * lora_parameters(config, adapter)
         + 12 * SEQ_LEN * heads
         + 4 * config.vocab_size * config.hidden_size * trained

@@ -1,0 +1,228 @@
+"""Alignment by distillation: the small model learns to answer as the large one did.
+
+The large model's targets are computed once, a layer at a time, and wait on disk: of each position
+the likeliest next tokens with their log-probabilities, and hidden states between the layers. Beside
+`loram.train` this needs no large model; the paper's alignment is next-token loss instead.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from loram.layers import Layers, Spool, forward
+from loram.loss import CHUNK, Batch, CausalLoss
+from loram.train import train_all_
+
+TRAINED = ("all", "stand_ins")
+INFO = "targets.json"
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """trained: nothing (no distillation), `all` kept weights, or `stand_ins`, with which go the
+    norms: then the weights that inference shares with the large model stay as they are.
+
+    top: next tokens kept of each position. hidden_layers: hidden states kept of each position,
+    evenly between the layers. hidden_weight: of their loss beside that of the next token.
+    """
+
+    trained: str = ""
+    top: int = 32
+    hidden_layers: int = 3
+    hidden_weight: float = 1.0
+
+
+@torch.no_grad()
+def write_targets(
+    source: str | Path,
+    out: Path,
+    batches: Sequence[Batch],
+    config: DistilConfig,
+    *,
+    work: Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Write what the large model makes of these rows to `out`, for `Targets`.
+
+    A position takes 6 bytes for each of `top` and, for each hidden state, 4 and a byte a value
+    (float8 with a scale a position). Peak memory: one layer or the head in float32, the activations
+    of one batch, and the logits of 1,024 positions.
+
+    Args:
+        source: directory or hub id of the full model.
+        batches: dicts of int64 (batch, seq_len) and `row` (batch); all of one size but the last.
+        work: where activations and finished targets wait; after a crash a call with the same
+            directory goes on at the layer it had reached.
+        dtype: of the computation (autocast).
+
+    Returns: bytes; tokens.
+
+    Raises:
+        ValueError: NaN or Inf came out of a layer (named).
+    """
+    layers, spool, done = Layers(source, device=device), Spool(work / "activations"), work / "done"
+    kept = Spool(done)
+    chosen = hidden_layers(len(layers), config)
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        if not spool.names():
+            spool.write("input-0", layers.embedded(batches))
+        reached = next(i for i in range(len(layers) + 1) if f"input-{i}" in spool.names())
+        for i in range(reached, len(layers)):
+            if i in chosen:
+                inputs = [(f"input-{i}", n) for n in range(len(batches))]
+                kept.write(f"hidden-{i}", (_float8(spool.read(*at))[0] for at in inputs))
+                kept.write(f"scale-{i}", (_float8(spool.read(*at))[1] for at in inputs))
+            output = forward(layers, i, layers.layer(i), list(batches), spool)
+            spool.write(f"input-{i + 1}", output)
+            spool.drop(f"input-{i}")
+        norm, head = layers.head()
+        for name, part in (("ids", 1), ("log_probs", 0)):
+            if name not in kept.names():
+                hidden = (spool.read(f"input-{len(layers)}", n) for n in range(len(batches)))
+                top = (_top(head, norm(h.to(layers.device)), config.top) for h in hidden)
+                kept.write(name, (found[part] for found in top))
+    rows = torch.cat([batch["row"] for batch in batches]).tolist()
+    info = {"rows": rows, "size": len(batches[0]["row"]), "hidden": chosen}
+    (done / INFO).write_text(json.dumps(info))
+    shutil.copytree(done, out, dirs_exist_ok=True, copy_function=os.link)
+    spool.clear()
+    written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
+
+
+def hidden_layers(count: int, config: DistilConfig) -> list[int]:
+    """The layers whose inputs are kept, of `count`; the first's, the embeddings, never is one."""
+    parts = config.hidden_layers + 1
+    return sorted({round(count * j / parts) for j in range(1, parts)} - {0})
+
+
+def target_bytes(config: PreTrainedConfig, distil: DistilConfig, positions: int) -> int:
+    """What `write_targets` will write for so many positions, but for the files' headers."""
+    kept = len(hidden_layers(config.num_hidden_layers, distil))
+    return positions * (6 * distil.top + kept * (config.hidden_size + 4))
+
+
+class Targets:
+    """Targets that `write_targets` wrote, by row; only what is asked for is read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        info = json.loads((self.directory / INFO).read_text())
+        self.place = {row: n for n, row in enumerate(info["rows"])}
+        self.size, self.hidden = info["size"], info["hidden"]
+
+    def fetch(self, rows: Tensor) -> Batch:
+        """target_ids int64 (b, T, top); target_log_probs float32 (b, T, top); target_hidden bf16
+        (b, kept layers, T, hidden).
+
+        Raises:
+            KeyError: a row that has no targets.
+        """
+        places = [self.place[row] for row in rows.tolist()]
+        hidden = [
+            self._read(f"hidden-{i}", places).float() * self._read(f"scale-{i}", places)
+            for i in self.hidden
+        ]
+        found = {
+            "target_ids": self._read("ids", places).long(),
+            "target_log_probs": self._read("log_probs", places).float(),
+        }
+        return found | ({"target_hidden": torch.stack(hidden, 1).bfloat16()} if hidden else {})
+
+    def _read(self, name: str, places: list[int]) -> Tensor:
+        parts = []
+        for place in places:
+            number, at = divmod(place, self.size)
+            with safe_open(self.directory / name / f"{number:06d}.safetensors", "pt") as file:
+                parts.append(file.get_slice("x")[at : at + 1])
+        return torch.cat(parts)
+
+
+class DistilLoss(CausalLoss):
+    """`CausalLoss` that, given targets, sums over the same positions instead: the divergence from
+    the large model's next-token distribution, all tokens outside its top counted as one, and
+    `hidden_weight` times the mean over kept layers of |g - h|^2 / |h|^2 of the hidden states."""
+
+    def __init__(self, model: PreTrainedModel, config: DistilConfig) -> None:
+        super().__init__(model)
+        self.weight = config.hidden_weight
+        self.hidden = hidden_layers(len(model.model.layers), config)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, **targets: Any
+    ) -> Tensor:
+        if not targets:
+            return super().forward(input_ids, labels, position_ids)
+        out = self.model.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        trained = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        head = self.model.get_output_embeddings()
+        parts = zip(
+            *(
+                x[trained].split(CHUNK)
+                for x in (out.last_hidden_state, targets["target_ids"], targets["target_log_probs"])
+            ),
+            strict=True,
+        )
+        losses = [checkpoint(_divergence, head, *part, use_reentrant=False) for part in parts]
+        total = torch.stack(losses).sum()
+        for n, i in enumerate(self.hidden):
+            large = targets["target_hidden"][:, n][trained].float()
+            apart = (out.hidden_states[i][trained].float() - large).square().sum(-1)
+            near = (apart / large.square().sum(-1).clamp_min(1e-6)).sum()
+            total = total + self.weight / len(self.hidden) * near
+        return total
+
+
+def train_(model: PreTrainedModel, config: DistilConfig) -> PreTrainedModel:
+    """Make trainable what distillation trains."""
+    if config.trained == "all":
+        return train_all_(model)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("stand_in" in name or "norm" in name)
+    return model
+
+
+def _divergence(head: nn.Module, hidden: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+    """Summed over positions: sum of p (log p - log q) over the top tokens and over the rest."""
+    found = head(hidden).float().log_softmax(-1).gather(1, ids)
+
+    def with_rest(top: Tensor) -> Tensor:
+        rest = (1 - top.exp().sum(-1, keepdim=True)).clamp_min(1e-6).log()
+        return torch.cat([top, rest], -1)
+
+    p, q = with_rest(log_probs), with_rest(found)
+    return (p.exp() * (p - q)).sum()
+
+
+def _top(head: nn.Module, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (float16) and ids (int32) of the likeliest tokens of each position."""
+    found: Iterator[Any] = (
+        head(part).float().log_softmax(-1).topk(count) for part in hidden.flatten(0, 1).split(CHUNK)
+    )
+    values, ids = zip(*((top.values, top.indices.int()) for top in found), strict=True)
+    shape = (*hidden.shape[:2], count)
+    return torch.cat(values).half().view(shape), torch.cat(ids).view(shape)
+
+
+def _float8(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states as float8 (e4m3), and the float32 scale of each position: some channels are
+    hundreds of times larger than others, which integers of one byte would lose."""
+    scale = hidden.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / LARGEST
+    return (hidden.float() / scale).to(torch.float8_e4m3fn), scale

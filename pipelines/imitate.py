@@ -1,0 +1,105 @@
+"""The steps that make the small model behave like the large one: compensation, distillation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import loram.compensate
+from loram.compensate import CompensateConfig
+from loram.distil import DistilConfig, write_targets
+from loram.loss import Batch
+from loram.model import read_config
+from loram.packing import Packed, batches, order
+from loram.plan import size
+from loram.train import TrainConfig
+from pipelines.fit import fit
+from pipelines.place import Place
+from pipelines.step import Metrics
+
+
+def compensate(
+    config: CompensateConfig,
+    *,
+    model: str,
+    pruned: Path,
+    corpus: Path | None = None,
+    instruct: Path | None = None,
+    out: Path,
+    work: Path,
+    place: Place,
+) -> Metrics:
+    """Fit low-rank stand-ins for what was removed, on general text, on the task, or on both."""
+    data = [path for path in (corpus, instruct) if path]
+    rows = [calibration(path, config.rows // len(data), place)[0] for path in data]
+    options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
+    found = loram.compensate.compensate(model, pruned, out, chain(*rows), config, **options)
+    stand_ins = size(read_config(out)).stand_ins
+    return found | {"stand_in_parameters": stand_ins, "peak_memory_bytes": place.peak_memory()}
+
+
+@dataclass(frozen=True)
+class TargetsConfig:
+    """distil: top, hidden_layers: what is kept. rows, seed: how many rows alignment reads in all,
+    and in which order: those of them that differ are needed."""
+
+    top: int
+    hidden_layers: int
+    rows: int
+    seed: int
+
+
+def targets(
+    config: TargetsConfig, *, model: str, corpus: Path, out: Path, work: Path, place: Place
+) -> Metrics:
+    """What the large model makes of the rows that distillation will read."""
+    packed = Packed(corpus / "train")
+    ids = np.unique(order(packed.rows, config.rows, config.seed))
+    rows = list(batches(packed, ids, place.micro_batch))
+    kept = DistilConfig(top=config.top, hidden_layers=config.hidden_layers)
+    options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
+    return dict(write_targets(model, out, rows, kept, **options))
+
+
+@dataclass(frozen=True)
+class DistilledConfig:
+    """train: as of alignment. distil: what is trained, and how the losses are weighed."""
+
+    train: TrainConfig
+    distil: DistilConfig
+
+
+def distil(
+    config: DistilledConfig,
+    *,
+    pruned: Path,
+    corpus: Path,
+    targets: Path,
+    out: Path,
+    work: Path,
+    place: Place,
+) -> Metrics:
+    """Alignment towards the large model's targets instead of the next token."""
+    return fit(
+        "align",
+        model=pruned,
+        train=corpus / "train",
+        held_out=corpus / "held_out",
+        config=config.train,
+        adapter=None,
+        place=place,
+        out=out,
+        work=work,
+        distil=config.distil,
+        targets=targets,
+    )
+
+
+def calibration(corpus: Path, count: int, place: Place) -> tuple[Iterator[Batch], int]:
+    """The first packed rows of the corpus, and their number of tokens."""
+    packed = Packed(corpus / "train")
+    rows = range(min(count, packed.rows))
+    return batches(packed, rows, place.micro_batch), len(rows) * packed.seq_len

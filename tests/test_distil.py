@@ -1,0 +1,146 @@
+"""Distilled alignment: the large model's targets, the loss on them, and what is trained."""
+
+import pytest
+import torch
+
+import loram.distil
+from loram.compensate import CompensateConfig, compensate
+from loram.distil import (
+    DistilConfig,
+    DistilLoss,
+    Targets,
+    hidden_layers,
+    target_bytes,
+    train_,
+    write_targets,
+)
+from loram.loss import to_device
+from loram.model import load, save
+from loram.prune import PruneConfig, choose, prune
+from loram.taylor import random_scores
+from loram.train import TrainConfig, train
+from tests.conftest import FAMILIES, tiny_model
+from tests.test_sparse import rows
+
+CPU = torch.device("cpu")
+CUT = PruneConfig("rand", 0.5, keep_first=1, keep_last=1, seed=3)
+CONFIG = DistilConfig("all", top=8, hidden_layers=2)
+
+
+def numbered(seed: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Two batches of four rows, whose numbers are 30, 20, ..., as the large model sees them."""
+    names = torch.arange(8).flip(0) * 10 + 30
+    return [b | {"row": names[4 * n : 4 * n + 4]} for n, b in enumerate(rows(seed))]
+
+
+def outputs(model, batch):
+    given = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        return model(**given, use_cache=False, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_targets_are_those_of_the_whole_model(family, tmp_path):
+    """Any rows in any order; hidden states to float8's 3 bits after the leading one."""
+    model = tiny_model(family)
+    save(model, tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    given = numbered()
+    written = write_targets(
+        tmp_path / "base", tmp_path / "out", given, CONFIG, work=tmp_path / "work"
+    )
+    assert hidden_layers(4, CONFIG) == [1, 3]
+    positions = 8 * 48
+    assert written["tokens"] == positions
+    assert target_bytes(model.config, CONFIG, positions) == positions * (8 * 6 + 2 * (64 + 4))
+    headers = written["bytes"] - target_bytes(model.config, CONFIG, positions)
+    assert 0 < headers < 2 * 6 * 200
+    found = Targets(tmp_path / "out").fetch(torch.tensor([100, 30, 70]))
+    whole = [outputs(model, batch) for batch in given]
+    for n, (batch, row) in enumerate([(0, 0), (1, 3), (0, 3)]):
+        probs = whole[batch].logits[row].float().log_softmax(-1)
+        top = probs.topk(8)
+        assert (found["target_log_probs"][n] - top.values).abs().max() < 0.01
+        taken = probs.gather(1, found["target_ids"][n])
+        assert (taken - top.values).abs().max() < 0.01
+        for k, i in enumerate((1, 3)):
+            hidden = whole[batch].hidden_states[i][row]
+            error = found["target_hidden"][n, k].float() - hidden
+            assert (error.abs() < 0.08 * hidden.abs() + 1e-3 * hidden.abs().max()).all()
+    with pytest.raises(KeyError):
+        Targets(tmp_path / "out").fetch(torch.tensor([31]))
+
+
+def test_the_loss_by_hand(tmp_path):
+    """With the whole vocabulary kept it is the exact divergence; the large model has none."""
+    save(tiny_model("llama"), tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    config = DistilConfig("all", top=128, hidden_layers=1, hidden_weight=0.5)
+    write_targets(tmp_path / "base", tmp_path / "out", numbered(), config, work=tmp_path / "work")
+    batch = numbered()[0]
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, :20] = -100
+    given = to_device(batch | Targets(tmp_path / "out").fetch(batch["row"]), CPU)
+    teacher, student = tiny_model("llama"), tiny_model("llama", seed=1)
+    found = DistilLoss(student, config)(**given)
+    p, q = (outputs(m, batch).logits.double().log_softmax(-1) for m in (teacher, student))
+    h, g = (outputs(m, batch).hidden_states[2].double() for m in (teacher, student))
+    trained = batch["labels"][:, 1:] != -100
+    divergence = (p.exp() * (p - q)).sum(-1)[:, :-1][trained].sum()
+    apart = ((g - h).square().sum(-1) / h.square().sum(-1))[:, :-1][trained].sum()
+    assert float(found) == pytest.approx(float(divergence + 0.5 * apart), rel=0.01)
+    assert float(DistilLoss(teacher, config)(**given)) < 0.01 * float(found)
+    del given["target_ids"], given["target_log_probs"], given["target_hidden"]
+    next_ids = batch["input_ids"][:, 1:, None]
+    nats = -q[:, :-1].gather(2, next_ids)[..., 0][trained].sum()
+    assert float(DistilLoss(student, config)(**given)) == pytest.approx(float(nats), rel=1e-3)
+
+
+@pytest.mark.parametrize("trained", ["all", "stand_ins"])
+def test_training_comes_nearer_and_changes_what_was_asked(trained, tmp_path):
+    full = tiny_model("qwen2")
+    save(full, tmp_path / "base")
+    kept = choose(random_scores(full.config, 3), full.config, CUT)
+    prune(tmp_path / "base", tmp_path / "pruned", kept)
+    fitted = tmp_path / "base", tmp_path / "pruned", tmp_path / "small", rows(4)
+    compensate(*fitted, CompensateConfig(rank=4))
+    (tmp_path / "out").mkdir()
+    write_targets(tmp_path / "base", tmp_path / "out", numbered(), CONFIG, work=tmp_path / "work")
+    targets, model = Targets(tmp_path / "out"), load(tmp_path / "small", dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    config = DistilConfig(trained, top=8, hidden_layers=2)
+    module = DistilLoss(train_(model, config), config)
+    given = [b | targets.fetch(b["row"]) for b in numbered()] * 10
+    logs = list(train(module, given, TrainConfig(10, 3e-3, 8, warmup_steps=1)))
+    assert logs[-1].loss < 0.9 * logs[0].loss
+    changed = {n for n, w in model.named_parameters() if not torch.equal(w, before[n])}
+    if trained == "all":
+        assert changed == set(before) - {"lm_head.weight"}
+    else:
+        assert changed == {n for n in before if "stand_in" in n or "norm" in n}
+        assert len(changed) == 8 + 2 * 4 + 1
+
+
+def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
+    save(tiny_model("llama"), tmp_path / "base")
+    asked, original = [], loram.distil.forward
+
+    def forward(layers, i, *rest):
+        asked.append(i)
+        if asked == [0, 1, 2]:
+            raise OSError(28, "No space left on device")
+        return original(layers, i, *rest)
+
+    monkeypatch.setattr(loram.distil, "forward", forward)
+    (tmp_path / "out").mkdir()
+    arguments = tmp_path / "base", tmp_path / "out", numbered(), CONFIG
+    bf16 = {"dtype": torch.bfloat16}  # as the pipeline calls it
+    with pytest.raises(OSError, match="No space"):
+        write_targets(*arguments, work=tmp_path / "work", **bf16)
+    write_targets(*arguments, work=tmp_path / "work", **bf16)
+    assert asked == [0, 1, 2, 2, 3]
+    (tmp_path / "once").mkdir()
+    write_targets(arguments[0], tmp_path / "once", *arguments[2:], work=tmp_path / "other", **bf16)
+    for file in (tmp_path / "once").rglob("*.safetensors"):
+        again = tmp_path / "out" / file.relative_to(tmp_path / "once")
+        assert file.read_bytes() == again.read_bytes()
