@@ -74,7 +74,7 @@ def paper(name: str, model: str, **changes: Any) -> Recipe:
         evaluate=Evaluate(out_of_domain=(SourceSpec("hf://datasets/tatsu-lab/alpaca/data"),)),
         align=TrainConfig(steps=200, lr=5e-5),
         nf4=True,
-        place=Place(workers=8, cpus_per_worker=8, gpus_per_worker=1, micro_batch=4),
+        place=Place(8, 8, gpus_per_worker=1, micro_batch=4, gradient_checkpointing=True),
     )
     return dataclasses.replace(recipe, **changes)
 
