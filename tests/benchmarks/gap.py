@@ -18,6 +18,11 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from pipelines.graph import build
+from pipelines.locate import locate
+from pipelines.recipes import resolve
+from pipelines.step import order
+from pipelines.store import Store
 from tests.benchmarks import RESULTS, keep
 
 ROOT = Path(__file__).parents[2]
@@ -93,11 +98,10 @@ def run(cell: dict) -> None:
     table = {row["label"]: row for row in json.loads((report.parent / "table.json").read_text())}
     rows = list(table.values())
     row = table[ROWS[cell["way"]]] if cell["way"] in ROWS else rows[-1]
-    records = [
-        json.loads((report.parents[2] / f"{name}-{key}" / "record.json").read_text())
-        for name, key in dict(re.findall(r"^  (\w+) +(\w{12})", done.stdout, re.M)).items()
-        if name in PREPARING
-    ]
+    recipe, store = resolve(str(report.parent / "recipe.json"), []), Store(report.parents[2])
+    graph = build(recipe, *locate(recipe, store.root / "digests"))
+    steps = [step for step in order([graph.recovered]) if step.name in PREPARING]
+    records = [store.record(step.slug) for step in steps]
     keep(
         "gap",
         **cell,
