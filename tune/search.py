@@ -90,6 +90,7 @@ def search(
     # Its training has CPUs of its own, and Tune wants a trial to ask for something.
     trainable = tune.with_resources(given, {"memory": TRIAL_BYTES})
     domains = {key: _domain(found) for key, found in searched.items()}
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other kind prints boxes whatever the verbosity
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.ERROR)
     run = directory / "tune"

@@ -1,0 +1,76 @@
+"""What a sweep varies, as a person writes it."""
+
+import pytest
+
+from loram.errors import UserError
+from loram.train import TrainConfig
+from tune.space import Range, replaced, space
+from tune.sweep import main
+from tune.trial import rungs, stopped
+
+
+def test_a_range_is_searched_and_a_list_of_ratios_makes_groups():
+    found, plain = space("test", ["sft.lr=1e-4..1e-2", "prune.ratio=0.25,0.5", "nf4=false"])
+    assert found.searched == {"sft.lr": Range(1e-4, 1e-2)}
+    assert found.combinations() == [{"prune.ratio": 0.25}, {"prune.ratio": 0.5}]
+    assert plain == ["nf4=false"] and found.recipe.nf4 is False
+    assert [recipe.prune.ratio for recipe in found.recipes()] == [0.25, 0.5]
+    assert replaced(found.recipe, {"sft.lr": 3e-3}).sft.lr == 3e-3
+
+
+def test_the_default_is_learning_rate_and_ratio():
+    found, _ = space("test", [])
+    assert found.searched == {"sft.lr": Range(1e-5, 1e-3)}
+    assert [group["prune.ratio"] for group in found.combinations()] == [0.65, 0.75, 0.85, 0.95]
+
+
+def test_two_lists_make_every_combination_and_training_fields_none():
+    found, _ = space("test", ["prune.ratio=0.25,0.5", "prune.method=rand,stru", "adapter.r=4,8"])
+    assert len(found.combinations()) == 4
+    assert found.searched == {"adapter.r": [4, 8]}
+
+
+def test_full_lora_is_no_part_of_a_trial():
+    assert space("test", [])[0].recipe.compare == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ("sft.lr=1e-3..1e-5", "sft.lr"),
+        ("sft.lr=1e-3..1e-3", "sft.lr"),
+        ("sft.lr=0..1e-3", "sft.lr"),
+        ("sft.lr=..1e-3", "sft.lr"),
+        ("prune.ratio=0.5,", "prune.ratio"),
+        ("prune.ratio=0.5,0.5", "prune.ratio"),
+        ("prune.ratio=0.1..0.5", "prune.ratio"),
+        ("sft.speed=1e-5..1e-3", "sft.speed"),
+        ("sft.lr=fast,slow", "sft.lr"),
+        ("place.workers=1,2", "place.workers"),
+        ("sft.steps=1.5..2.5", "sft.steps"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_by_its_name(change, names):
+    with pytest.raises(UserError, match=names.replace(".", r"\.")):
+        space("test", [change])
+
+
+@pytest.mark.parametrize(
+    "words", [["--metric", "speed"], ["--trials", "0"], ["--concurrent", "0"], ["nf5=1,2"]]
+)
+def test_the_command_says_what_is_wrong_in_one_line(words, capsys):
+    assert main(["test", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_rungs_are_at_evaluations_from_a_quarter_on():
+    assert rungs(TrainConfig(400, 1e-3, eval_every=50)) == [100, 200]
+    assert rungs(TrainConfig(20, 1e-3, eval_every=10)) == [10]
+    assert rungs(TrainConfig(20, 1e-3, eval_every=20)) == []
+
+
+def test_a_stopped_trial_is_a_recipe_and_a_finished_one_the_ordinary_recipe():
+    recipe = space("test", [])[0].recipe
+    assert stopped(recipe, 2).sft.stop == 2
+    assert stopped(recipe, recipe.sft.steps) == recipe

@@ -1,0 +1,113 @@
+"""A sweep on real Ray Tune and MLflow: killed, gone on with, and its best trial repeated."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.assets import home
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SETTINGS = ["test", "align.steps=0", "nf4=false"]
+SWEEP = ["tune/sweep.py", *SETTINGS, "sft.lr=1e-4..1e-2", "prune.ratio=0.25,0.5", "--trials", "2"]
+
+
+def start(words: list[str], root: Path, log: Path) -> subprocess.Popen:
+    root.mkdir(exist_ok=True)
+    if not (root / "assets").exists():
+        (root / "assets").symlink_to(home() / "assets")
+    return subprocess.Popen(
+        [sys.executable, ROOT / words[0], *words[1:]],
+        env=os.environ | {"LORAM_HOME": str(root)},
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def records(root: Path) -> dict[str, str]:
+    """When each finished step was started, by its entry's name."""
+    found = (root / "store").glob("*/record.json")
+    return {file.parent.name: json.loads(file.read_text())["started"] for file in found}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The home and the output of a sweep whose driver was killed in its second search."""
+    root = tmp_path_factory.mktemp("sweep")
+    killed = start(SWEEP, root, root / "first.log")
+    deadline = time.monotonic() + 500
+    while Counter(slug.split("-")[0] for slug in records(root))["evaluate_large"] < 2:
+        assert killed.poll() is None and time.monotonic() < deadline, (
+            root / "first.log"
+        ).read_text()
+        time.sleep(0.5)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    before = records(root)
+    again = start(SWEEP, root, root / "second.log")
+    text = root / "second.log"
+    assert again.wait(600) == 0, text.read_text()
+    return root, before, text.read_text()
+
+
+def test_no_finished_step_runs_again_and_what_is_shared_runs_once(swept):
+    root, before, _ = swept
+    after = records(root)
+    assert before.items() <= after.items()
+    kinds = Counter(slug.rpartition("-")[0] for slug in after)
+    assert kinds["prune"] == 2 and kinds["score"] == 1 and kinds["evaluate_base"] == 1
+    assert kinds["evaluate_large"] == 4
+
+
+def test_every_trial_has_its_final_numbers_in_mlflow_under_one_run(swept):
+    root, _, _ = swept
+    client = MlflowClient(f"sqlite:///{root}/mlflow/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "loram"]
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+    (sweep,) = [
+        r for r in runs if r.data.tags.get("stage") == "sweep" and r.info.status == "FINISHED"
+    ]
+    trials = [
+        run
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == sweep.info.run_id
+        and run.data.tags.get("stage") == "trial"
+    ]
+    assert len(trials) == 4
+    names = {frozenset(run.data.params) for run in trials}
+    assert len(names) == 1 and {"sft.lr", "prune.ratio"} <= next(iter(names))
+    for run in trials:
+        assert {"large_loss", "large_ppl_out", "held_out_loss", "steps_trained"} <= set(
+            run.data.metrics
+        )
+        curve = client.get_metric_history(run.info.run_id, "loss")
+        assert [point.step for point in curve] == list(range(1, len(curve) + 1)) and len(curve) > 1
+    assert {float(run.data.params["prune.ratio"]) for run in trials} == {0.25, 0.5}
+    artifacts = {a.path for a in client.list_artifacts(sweep.info.run_id, "report")}
+    assert {"report/report.html", "report/curves.png", "report/curves.svg"} <= artifacts
+
+
+def test_the_printed_line_gives_the_same_scores_in_an_empty_store(swept, tmp_path):
+    root, _, text = swept
+    line = re.search(r"best +python (pipelines/full.py .*)", text)
+    assert line, text
+    trials = json.loads(next((root / "store" / "reports").glob("sweep-*/trials.json")).read_text())
+    best = min(trials, key=lambda trial: trial["large_loss"])
+    done = start(line[1].split(), tmp_path / "home", tmp_path / "log")
+    assert done.wait(500) == 0, (tmp_path / "log").read_text()
+    (table,) = (tmp_path / "home" / "store" / "reports").glob("test-*/table.json")
+    large = json.loads(table.read_text())[-1]
+    assert large["label"].endswith("large")
+    assert large["loss"] == best["large_loss"]
+    assert large["out_of_domain_perplexity"] == best["large_ppl_out"]
