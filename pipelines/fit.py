@@ -10,6 +10,8 @@ would have come.
 import json
 import logging
 import shutil
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -150,7 +152,12 @@ def fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    result = trainer.fit()
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        result = trainer.fit()
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves its own behind
     if "diverged" in result.return_value:
         raise UserError(f"{stage}: {result.return_value['diverged']}")
     best, scores = min(

@@ -87,7 +87,7 @@ def run(recipe: Recipe, store: Store) -> int:
         uri,
         home() / "mlflow",
         params=flat(recipe),
-        tags={"recipe": recipe.name, "variant": recipe.prune.method},
+        tags={"recipe": recipe.name, "variant": recipe.prune.method, "stage": "pipeline"},
         name=name,
         experiment=recipe.experiment,
     )

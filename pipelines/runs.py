@@ -7,7 +7,8 @@ A message may come again when it is not certain that it arrived: runs are found 
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class Runs:
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri = journal, uri
-        self.client = MlflowClient(tracking_uri=uri)
+        with self._alone():
+            self.client = MlflowClient(tracking_uri=uri)  # creates a SQLite store's tables
         # runs: those still open, by the step's key: id, curve, since, sent (the last step by name)
         self.state: dict[str, Any] = {"start": 0, "experiment": "", "runs": {}} | journal.state()
         self.begin: dict[str, Any] = next(journal.read(0))[0]
@@ -78,7 +80,7 @@ class Runs:
                 self._open(PIPELINE, message["name"], at, {}, "", message["params"])
             case "start":
                 parent = self.state["runs"][PIPELINE]["id"]
-                tags = {"mlflow.parentRunId": parent, "step": message["name"], "key": key}
+                tags = {"mlflow.parentRunId": parent, "stage": message["name"], "key": key}
                 tags |= message.get("tags", {})
                 params = message.get("params", self.begin["params"])
                 self._open(key, message["name"], at, tags, message["curve"], params)
@@ -95,19 +97,26 @@ class Runs:
             case "end":
                 self.end(message["status"], message["error"], at)
 
-    def _experiment(self) -> str:
-        name, root = self.begin["experiment"], self.journal.folder.parents[1]
-        while (lock := try_lock(root / "lock")) is None:  # two processes creating one SQLite crash
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time: two that create one SQLite store crash, in this and in MLflow."""
+        root = self.journal.folder.parents[1]
+        while (lock := try_lock(root / "lock")) is None:
             time.sleep(0.1)
         try:
+            yield
+        finally:
+            lock.release()
+
+    def _experiment(self) -> str:
+        name = self.begin["experiment"]
+        with self._alone():
             if known := self.client.get_experiment_by_name(name):
                 return str(known.experiment_id)
             place = None  # a server knows where it keeps artifacts
             if self.uri.startswith("sqlite"):
                 place = (Path(self.uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
             return str(self.client.create_experiment(name, artifact_location=place))
-        finally:
-            lock.release()
 
     def _open(
         self,

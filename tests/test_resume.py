@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,12 @@ def drive(
 
 
 def workers_of(driver: psutil.Process) -> list[psutil.Process]:
-    return [p for p in driver.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    found = []
+    for process in driver.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that has just ended, a zombie too
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def kill_a_worker(driver: psutil.Process) -> None:

@@ -97,6 +97,7 @@ def test_a_pipeline_and_the_steps_that_ran(
     assert nested.data.tags["mlflow.parentRunId"] == first.info.run_id
     assert nested.data.tags["key"] == sft.key
     assert nested.data.tags["unit"] == "nats"
+    assert nested.data.tags["stage"] == sft.name
     for one in (first, nested):
         assert one.data.tags["recipe"] == "default"
         assert one.data.params["sft.lr"] == "0.0003"
