@@ -61,8 +61,9 @@ class Follow:
                     file.seek(at)
                     lines = file.read().split(b"\n")[:-1]
                 at += sum(len(line) + 1 for line in lines)
-                for line in lines:
-                    self._say(json.loads(line))
+                for note in map(json.loads, lines):
+                    if "trial" in note:
+                        self._say(note)
             if last:
                 return
             self.stopped.wait(EVERY_S)

@@ -1,8 +1,15 @@
-"""One search: Optuna proposes, ASHA stops, Ray Tune runs; all trials start from one small model."""
+"""One search: Optuna proposes, ASHA stops, Ray Tune runs; all trials start from one small model.
 
+A search that was killed is played again: the trials that its notes hold go first, with their
+values, and the store has what they trained. (The restoring of Ray Tune goes back to its last
+snapshot, and a trial that was proposed after that is neither run nor proposed again.)
+"""
+
+import json
 import logging
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,17 +82,18 @@ def search(
     concurrent: int,
     seed: int,
 ) -> list[Outcome]:
-    """Run the trials of one group, or those that a killed driver left to do; all their outcomes.
+    """Run the trials of one group, or what a killed driver left of them to do; all their outcomes.
 
     Args:
         recipe: with the values of `group` in it.
         searched: the fields that vary within the group.
-        directory: Ray Tune's, of this group alone; kept, so that the same sweep goes on.
+        directory: of this group alone; its notes are kept, so that the same sweep goes on.
     """
     notes = directory / "notes.jsonl"
     notes.parent.mkdir(parents=True, exist_ok=True)
+    begun, ended = _played(notes)
     given = tune.with_parameters(
-        trial, recipe=recipe, model=model, sources=sources, store=store, notes=notes
+        trial, recipe=recipe, model=model, sources=sources, store=store, notes=notes, ended=ended
     )
     # Its training has CPUs of its own, and Tune wants a trial to ask for something.
     trainable = tune.with_resources(given, {"memory": TRIAL_BYTES})
@@ -93,35 +101,63 @@ def search(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other kind prints boxes whatever the verbosity
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.ERROR)
-    run = directory / "tune"
-    if tune.Tuner.can_restore(str(run)):
-        tuner = tune.Tuner.restore(str(run), trainable, param_space=domains)
-    else:
-        first = (*rungs(recipe.sft), recipe.sft.steps)[0]
-        tuner = tune.Tuner(
-            trainable,
-            param_space=domains,
-            tune_config=tune.TuneConfig(
-                search_alg=OptunaSearch(metric="held_out_loss", mode="min", seed=seed),
-                scheduler=ASHAScheduler(
-                    time_attr="step",
-                    metric="held_out_loss",
-                    mode="min",
-                    grace_period=first,
-                    reduction_factor=FACTOR,
-                    max_t=recipe.sft.steps + 1,  # a trial that gets to max_t would be killed
-                ),
-                num_samples=trials if domains else 1,
-                max_concurrent_trials=concurrent,
+    shutil.rmtree(directory / "tune", ignore_errors=True)
+    first = (*rungs(recipe.sft), recipe.sft.steps)[0]
+    tuner = tune.Tuner(
+        trainable,
+        param_space=domains,
+        tune_config=tune.TuneConfig(
+            search_alg=OptunaSearch(
+                metric="held_out_loss",
+                mode="min",
+                points_to_evaluate=begun[:trials] or None,
+                seed=seed + len(begun),  # the first proposals of the same seed are among them
             ),
-            run_config=tune.RunConfig(
-                name=run.name,
-                storage_path=str(run.parent),
-                failure_config=tune.FailureConfig(max_failures=KILLS),
-                verbose=0,
+            scheduler=ASHAScheduler(
+                time_attr="step",
+                metric="held_out_loss",
+                mode="min",
+                grace_period=first,
+                reduction_factor=FACTOR,
+                max_t=recipe.sft.steps + 1,  # a trial that gets to max_t would be killed
             ),
-        )
+            num_samples=trials if domains else 1,
+            max_concurrent_trials=concurrent,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(directory),
+            failure_config=tune.FailureConfig(max_failures=KILLS),
+            callbacks=[_Ends(notes)],
+            verbose=0,
+        ),
+    )
     return [_outcome(group, recipe, list(searched), result) for result in tuner.fit()]
+
+
+class _Ends(tune.Callback):
+    """Notes where a trial ended, so that it ends there when the search is played again."""
+
+    def __init__(self, notes: Path) -> None:
+        self.notes = notes
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with self.notes.open("a") as file:
+            note = {"values": trial.config, "ended": trial.last_result.get("step", 0)}
+            file.write(json.dumps(note) + "\n")
+
+
+def _played(notes: Path) -> tuple[list[dict[str, Value]], list[tuple[dict[str, Value], int]]]:
+    """What earlier drivers left: the values of every trial, and of those that ended, the step."""
+    begun: list[dict[str, Value]] = []
+    ended: list[tuple[dict[str, Value], int]] = []
+    lines = notes.read_text().splitlines(keepends=True) if notes.exists() else []
+    for note in (json.loads(line) for line in lines if line.endswith("\n")):
+        if note["values"] and note["values"] not in begun:
+            begun.append(note["values"])
+        if "ended" in note:
+            ended.append((note["values"], note["ended"]))
+    return begun, ended
 
 
 def _domain(found: Range | list[Value]) -> Any:

@@ -97,9 +97,9 @@ def run(plan: Plan) -> int:
         shared = _shared(plan.space, model, sources)
         execute(shared, store, ray_launch, recipe.place, on)
         outcomes: list[Outcome] = []
-        for group in plan.space.combinations():
+        for number, group in enumerate(plan.space.combinations()):
             say(f"search: {shown(group) or 'one group'}")
-            directory = home() / "sweeps" / plan.key / f"{len(outcomes) // plan.trials}"
+            directory = home() / "sweeps" / plan.key / str(number)
             chosen = replaced(recipe, group)
             with Follow(directory / "notes.jsonl", tracking, plan.key, chosen, say) as follow:
                 found = search(

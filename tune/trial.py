@@ -66,6 +66,7 @@ def trial(
     sources: dict[str, Source],
     store: Path,
     notes: Path,
+    ended: list[tuple[dict[str, Value], int]],
 ) -> None:
     """What Ray Tune runs: reports `step` and `held_out_loss` at every rung and at the end.
 
@@ -74,6 +75,7 @@ def trial(
     Args:
         config: the values of the searched fields.
         notes: the file that the driver follows: a JSON line a report.
+        ended: the values of trials that ended under an earlier driver, and at which step.
     """
     name = tune.get_context().get_trial_id()
 
@@ -86,7 +88,10 @@ def trial(
     tell()
     recipe, shelf = replaced(recipe, config), Store(store)
     earlier: Path | None = None
+    last = next((step for values, step in ended if values == config), recipe.sft.steps)
     for step in [*rungs(recipe.sft), recipe.sft.steps]:
+        if step > last:
+            return
         sft = sft_of(build(stopped(recipe, step), model, sources))
         launch = partial(_going_on, sft.key, earlier)
         try:
