@@ -1,9 +1,10 @@
 """What each way to close the gap is worth: share of full LoRA's gain kept, a pipeline a cell.
 
     python -m tests.benchmarks.gap [--methods stru rand semi unst] [--ratios 0.65 0.35 0.85]
-        [--ways none align ...] [--seeds 0 1 2] [--sft-steps 20]
+        [--ways none align ...] [--seeds 0 1 2] [--sft-steps 20] [--nf4]
 
-The recipe `small` in 16 bits, on the shared store: base, full LoRA, scores and cuts are made once.
+The recipe `small`, in 16 bits or 4, on the shared store: base, full LoRA, scores and cuts are made
+once. `none` is the method without alignment, `align` the paper's.
 Cells that results.jsonl has are not run again. Where weights were changed each way is run with and
 without the correction of the recovered adapter; elsewhere that does nothing. `bound` is LoRA on the
 full model at the kept positions, `qlora` QLoRA on the full model.
@@ -23,7 +24,7 @@ from pipelines.locate import locate
 from pipelines.recipes import resolve
 from pipelines.step import order
 from pipelines.store import Store
-from tests.benchmarks import RESULTS, keep
+from tests.benchmarks import keep, there
 
 ROOT = Path(__file__).parents[2]
 OFF, ALIGN = ["align.steps=0"], ["align.steps=20"]
@@ -63,11 +64,10 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sft-steps", type=int, default=20)
+    parser.add_argument("--nf4", action="store_true")
     options = parser.parse_args()
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    known = [line for line in map(json.loads, lines) if line["benchmark"] == "gap"]
     for cell in cells(options):
-        if not any(cell.items() <= line.items() for line in known):
+        if not there("gap", **cell):
             run(cell)
 
 
@@ -78,10 +78,15 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
         for ratio, way in product([None] if sparse else options.ratios, options.ways):
             if way == "bound" and sparse:
                 continue
-            moved = "distil.trained=stand_ins" not in WAYS[way] and ALIGN[0] in WAYS[way]
-            for correct in (False, True) if (sparse or moved) and way != "qlora" else (False,):
-                cell = {"method": method, "ratio": ratio, "way": way, "correct": correct}
-                yield cell | {"sft_steps": options.sft_steps, "seed": seed}
+            aligned = "distil.trained=stand_ins" not in WAYS[way] and ALIGN[0] in WAYS[way]
+            moved = (sparse or aligned or options.nf4) and way not in ROWS
+            for correct in (False, True) if moved else (False,):
+                cell = {"method": method, "ratio": ratio, "nf4": options.nf4, "way": way}
+                yield cell | {
+                    "correct": correct,
+                    "sft_steps": options.sft_steps,
+                    "seed": seed,
+                }
 
 
 def run(cell: dict) -> None:
@@ -90,7 +95,8 @@ def run(cell: dict) -> None:
     changes += [f"prune.ratio={cell['ratio']}"] if cell["ratio"] else []
     changes += [f"sft.steps={cell['sft_steps']}", *WAYS[cell["way"]]]
     changes += [f"{part}.seed={cell['seed']}" for part in ("prune", "align", "sft")]
-    command = [sys.executable, ROOT / "pipelines" / "full.py", "small", "nf4=false", *changes]
+    changes += [f"nf4={json.dumps(cell['nf4'])}"]
+    command = [sys.executable, ROOT / "pipelines" / "full.py", "small", *changes]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{cell}\n{done.stdout}\n{done.stderr}")
