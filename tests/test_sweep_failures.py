@@ -17,6 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.assets import home
+from tests.test_jobs import RAY, free_ports
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -46,9 +47,9 @@ class Cluster:
         mine = f"LORAM_HOME={self.root}".encode()
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if (folder / "cmdline").read_text().startswith(title):
-                    if mine in (folder / "environ").read_bytes():
-                        return int(folder.name)
+                text = (folder / "cmdline").read_text()
+                if text.startswith(title) and mine in (folder / "environ").read_bytes():
+                    return int(folder.name)
             except OSError:
                 continue
         return None
@@ -78,8 +79,7 @@ def until(true: Callable[[], Any], limit_s: float = 240) -> Any:
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     root, short = tmp_path_factory.mktemp("failures"), Path("/tmp") / f"lf{os.getpid()}"
     (root / "assets").symlink_to(home() / "assets")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port, dashboard, client, agent = free_ports(4)
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "LORAM_HOME": str(root),
         "PYTHONPATH": str(ROOT),
@@ -87,12 +87,12 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     head = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        + [f"--port={port}", "--num-cpus=2", f"--temp-dir={short}", "--node-ip-address=127.0.0.1"]
-        + ["--include-dashboard=false", "--ray-client-server-port=0", "--disable-usage-stats"],
+        [*RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
+        + [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+        + ["--num-cpus=2", f"--temp-dir={short}", "--node-ip-address=127.0.0.1"],
         env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=(root / "head.log").open("w"),
+        stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
