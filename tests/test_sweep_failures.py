@@ -67,7 +67,7 @@ class Cluster:
         return idle.returncode == 0 and all(r.info.status != "RUNNING" for r in self.runs())
 
 
-def until(true: Callable[[], Any], limit_s: float = 240) -> Any:
+def until(true: Callable[[], Any], limit_s: float = 500) -> Any:
     end = time.monotonic() + limit_s
     while not (value := true()):
         assert time.monotonic() < end, "never came true"
