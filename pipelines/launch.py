@@ -13,6 +13,8 @@ from pipelines.execute import run
 from pipelines.step import Metrics, Step
 
 ROOT = Path(__file__).parents[1]
+# Ray's own setting is to start a task for ever that is killed for its memory.
+ENV = {"RAY_task_oom_retries": "1"}
 
 
 def start_ray() -> None:
@@ -21,8 +23,9 @@ def start_ray() -> None:
     The embedded Ray ends with this process, a killed one included. Its tasks can import loram and
     pipelines whether or not these are installed and wherever the program was started.
     """
+    os.environ |= ENV
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": ENV})
         return
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(
@@ -30,7 +33,7 @@ def start_ray() -> None:
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
+        runtime_env={"env_vars": ENV | {"PYTHONPATH": path}},
     )
 
 
@@ -39,8 +42,9 @@ def ray_launch(
 ) -> "Future[Metrics]":
     """Run the step as a Ray task with its cpus and gpus; cancelling the Future kills the task.
 
-    A lost worker is replaced once: the second attempt goes on from `work`. What the step raised
-    is what the Future raises; a UserError is found below any of Ray's wrappings.
+    A lost worker is replaced once, also one that Ray killed for its memory: the second attempt
+    goes on from `work`. What the step raised is what the Future raises; a UserError is found below
+    any of Ray's wrappings.
     """
     task = ray.remote(run).options(
         name=step.slug, num_cpus=step.cpus, num_gpus=step.gpus, max_retries=1

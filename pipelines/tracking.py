@@ -144,7 +144,7 @@ class Tracking:
         self._write(op="start", key=name, name=name, curve="", params=flat(params), tags=flat(tags))
 
     def finish(
-        self, name: str, metrics: Mapping[str, float], curve: Path | None, error: str
+        self, name: str, metrics: Mapping[str, float | str], curve: Path | None, error: str
     ) -> None:
         """Close what `begin` opened; curve: its `metrics.jsonl`. An error makes it FAILED."""
         self._write(

@@ -1,9 +1,13 @@
 """What a sweep varies, as a person writes it."""
 
 import pytest
+import ray
 
 from loram.errors import UserError
 from loram.train import TrainConfig
+from pipelines.assets import home
+from pipelines.lock import try_lock
+from tune.plan import Plan
 from tune.space import Range, replaced, space
 from tune.sweep import main
 from tune.trial import rungs, stopped
@@ -74,3 +78,36 @@ def test_a_stopped_trial_is_a_recipe_and_a_finished_one_the_ordinary_recipe():
     recipe = space("test", [])[0].recipe
     assert stopped(recipe, 2).sft.stop == 2
     assert stopped(recipe, recipe.sft.steps) == recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--metric", "speed"], "large_loss, large_ppl_out"),
+        (["--concurrent", "4096"], "--concurrent"),
+        (["prune.ratio=0.5,1.0"], "prune.ratio"),
+        (["prune.ratio=0.5,-0.1"], "prune.ratio"),
+        (["prune.ratio=0.5,0.999"], "prune.ratio"),
+        (["prune.ratio=0.5,0.6", "prune.method=semi"], "prune.ratio"),
+        (["sft.global_batch=4,6", "prune.ratio=0.5"], "sft.global_batch"),
+        (["adapter.r=4,0", "prune.ratio=0.5"], "adapter.r"),
+        (["sft.stop=2", "sft.lr=1e-4..1e-3"], "sft.stop"),
+        (["sft.stop=1,2"], "sft.stop"),
+        (["tracking=http://127.0.0.1:9", "prune.ratio=0.5,0.25"], "tracking"),
+        (["store=/dev/null/store", "prune.ratio=0.5,0.25"], "not writable"),
+    ],
+)
+def test_what_could_not_run_is_refused_before_ray_starts(words, names, capsys, tmp_path):
+    assert main(["test", f"store={tmp_path}", *words]) == 2 and not ray.is_initialized()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and names in error
+
+
+def test_a_sweep_runs_once_at_a_time(capsys, tmp_path, monkeypatch):
+    (tmp_path / "assets").symlink_to(home() / "assets")
+    monkeypatch.setenv("LORAM_HOME", str(tmp_path))
+    found, _ = space("test", ["prune.ratio=0.5,0.25"])
+    lock = try_lock(tmp_path / "sweeps" / Plan("", (), found, 8, "", 0, None).key / "lock")
+    assert lock and main(["test", "prune.ratio=0.5,0.25"]) == 2
+    assert "another process" in capsys.readouterr().err
+    lock.release()

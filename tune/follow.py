@@ -1,15 +1,15 @@
 """What a person and MLflow see of the trials while they run."""
 
-import json
 import math
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pipelines.recipe import Recipe, flat
+from pipelines.step import Metrics
 from pipelines.tracking import Tracking
+from tune.notes import Notes
 from tune.search import Outcome
 from tune.space import Value, replaced
 
@@ -20,13 +20,23 @@ class Follow:
     """Follows the notes of one group's trials; a context manager around their search.
 
     A trial's run in MLflow is open from its first note until `finish`.
+
+    Args:
+        key: that of the training of a recipe.
     """
 
     def __init__(
-        self, notes: Path, tracking: Tracking, sweep: str, recipe: Recipe, say: Callable[..., None]
+        self,
+        notes: Notes,
+        tracking: Tracking,
+        sweep: str,
+        recipe: Recipe,
+        key: Callable[[Recipe], str],
+        say: Callable[..., None],
     ) -> None:
         self.notes, self.tracking, self.sweep = notes, tracking, sweep
-        self.recipe, self.say = recipe, say
+        self.recipe, self.key, self.say = recipe, key, say
+        self.at = notes.file.stat().st_size  # after those of an earlier driver
         self.open: set[str] = set()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -47,26 +57,23 @@ class Follow:
     def finish(self, outcome: Outcome) -> None:
         """Close the trial's run with its scores and the curve of its training."""
         self._begin(outcome.name, outcome.recipe)
-        metrics = outcome.scores | {"steps_trained": float(outcome.step)}
+        metrics: Metrics = {
+            **outcome.scores,
+            "steps_trained": outcome.step,
+            "key": self.key(outcome.recipe),  # of what was trained, also if it was stopped
+        }
         if math.isfinite(outcome.held_out_loss):
             metrics["held_out_loss"] = outcome.held_out_loss
         self.tracking.finish(outcome.name, metrics, outcome.curve, outcome.error)
 
     def _follow(self) -> None:
-        at = self.notes.stat().st_size if self.notes.exists() else 0  # of an earlier driver
-        while True:
-            last = self.stopped.is_set()
-            if self.notes.exists():
-                with self.notes.open("rb") as file:
-                    file.seek(at)
-                    lines = file.read().split(b"\n")[:-1]
-                at += sum(len(line) + 1 for line in lines)
-                for note in map(json.loads, lines):
-                    if "trial" in note:
-                        self._say(note)
-            if last:
-                return
-            self.stopped.wait(EVERY_S)
+        last = False
+        while not last:
+            last = self.stopped.wait(EVERY_S)
+            for note, end in self.notes.read(self.at):
+                self.at = end
+                if "trial" in note:
+                    self._say(note)
 
     def _say(self, note: dict[str, Any]) -> None:
         self._begin(note["trial"], replaced(self.recipe, note["values"]))
@@ -78,7 +85,12 @@ class Follow:
     def _begin(self, name: str, recipe: Recipe) -> None:
         if name not in self.open:
             self.open.add(name)
-            tags = {"sweep": self.sweep, "stage": "trial", "variant": recipe.prune.method}
+            tags = {
+                "sweep": self.sweep,
+                "stage": "trial",
+                "variant": recipe.prune.method,
+                "key": self.key(recipe),
+            }
             self.tracking.begin(name, flat(recipe), tags)
 
 

@@ -1,11 +1,12 @@
 """One search: Optuna proposes, ASHA stops, Ray Tune runs; all trials start from one small model.
 
 A search that was killed is played again: the trials that its notes hold go first, with their
-values, and the store has what they trained. (The restoring of Ray Tune goes back to its last
+values, and the store has what they trained. What was over is not stopped anew, and what failed is
+tried again. (The restoring of Ray Tune goes back to its last
 snapshot, and a trial that was proposed after that is neither run nor proposed again.)
 """
 
-import json
+import itertools
 import logging
 import math
 import os
@@ -23,7 +24,8 @@ from loram.errors import refuse
 from pipelines.place import Place
 from pipelines.recipe import Recipe
 from pipelines.step import Source
-from tune.space import Range, Value, replaced
+from tune.notes import Notes
+from tune.space import Range, Space, Value, replaced
 from tune.trial import FACTOR, rungs, stopped, trial
 
 TRIAL_BYTES = 300e6  # that the process of a trial takes; its training is another
@@ -52,17 +54,21 @@ class Outcome:
     curve: Path | None = None
 
 
-def capacity(place: Place, asked: int | None) -> int:
+def most() -> dict[str, float]:
+    """The resources of the running cluster, or those that it may grow to."""
+    grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    now = ray.cluster_resources()
+    return {name: max(now.get(name, 0), grown.get(name, 0)) for name in ("CPU", "GPU")}
+
+
+def capacity(place: Place, asked: int | None, cluster: dict[str, float]) -> int:
     """How many trials run at a time: those asked for, or all that fit.
 
     Raises:
         UserError: fewer than one fit, or fewer than were asked for.
     """
-    if os.environ.get("RAY_ADDRESS") and asked:
-        return asked  # a cluster that may grow
-    cluster = ray.cluster_resources()
     cpus, gpus = place.workers * place.cpus_per_worker, place.workers * place.gpus_per_worker
-    room = min(int(cluster.get(name, 0) // n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n)
+    room = min(int(cluster[name] // n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n)
     if room < (asked or 1):
         found = f"{asked or 1} trials of {cpus} CPUs and {gpus} GPUs each"
         refuse("--concurrent", found, f"at most {room} on this cluster")
@@ -75,7 +81,7 @@ def search(
     searched: dict[str, Range | list[Value]],
     model: Source,
     sources: dict[str, Source],
-    directory: Path,
+    notes: Notes,
     *,
     store: Path,
     trials: int,
@@ -87,22 +93,22 @@ def search(
     Args:
         recipe: with the values of `group` in it.
         searched: the fields that vary within the group.
-        directory: of this group alone; its notes are kept, so that the same sweep goes on.
+        notes: of this group alone; they are kept, so that the same sweep goes on.
     """
-    notes = directory / "notes.jsonl"
-    notes.parent.mkdir(parents=True, exist_ok=True)
-    begun, ended = _played(notes)
     given = tune.with_parameters(
-        trial, recipe=recipe, model=model, sources=sources, store=store, notes=notes, ended=ended
+        trial, recipe=recipe, model=model, sources=sources, store=store, notes=notes
     )
     # Its training has CPUs of its own, and Tune wants a trial to ask for something.
     trainable = tune.with_resources(given, {"memory": TRIAL_BYTES})
     domains = {key: _domain(found) for key, found in searched.items()}
+    points, trials = _points(searched, notes.begun(), trials)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other kind prints boxes whatever the verbosity
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would go on with trials that were cut off
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.ERROR)
+    directory = notes.file.parent
     shutil.rmtree(directory / "tune", ignore_errors=True)
-    first = (*rungs(recipe.sft), recipe.sft.steps)[0]
+    trained = [each.sft for each in Space(recipe, {}, searched).recipes_within()]
     tuner = tune.Tuner(
         trainable,
         param_space=domains,
@@ -110,18 +116,21 @@ def search(
             search_alg=OptunaSearch(
                 metric="held_out_loss",
                 mode="min",
-                points_to_evaluate=begun[:trials] or None,
-                seed=seed + len(begun),  # the first proposals of the same seed are among them
-            ),
-            scheduler=ASHAScheduler(
+                points_to_evaluate=points or None,
+                seed=seed + len(points),  # the first proposals of the same seed are among them
+            )
+            if domains
+            else None,
+            scheduler=_Asha(
                 time_attr="step",
                 metric="held_out_loss",
                 mode="min",
-                grace_period=first,
+                grace_period=min((*rungs(sft), sft.steps)[0] for sft in trained),
                 reduction_factor=FACTOR,
-                max_t=recipe.sft.steps + 1,  # a trial that gets to max_t would be killed
+                # A trial that gets to max_t would be killed.
+                max_t=max(sft.steps for sft in trained) + 1,
             ),
-            num_samples=trials if domains else 1,
+            num_samples=trials,
             max_concurrent_trials=concurrent,
         ),
         run_config=tune.RunConfig(
@@ -135,29 +144,34 @@ def search(
     return [_outcome(group, recipe, list(searched), result) for result in tuner.fit()]
 
 
-class _Ends(tune.Callback):
-    """Notes where a trial ended, so that it ends there when the search is played again."""
+class _Asha(ASHAScheduler):
+    """Takes note of a trial that is played again, and does not stop it anew."""
 
-    def __init__(self, notes: Path) -> None:
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(controller, trial, result)
+        return self.CONTINUE if result["again"] else decision
+
+
+class _Ends(tune.Callback):
+    """Notes where a trial was over, so that it ends there when the search is played again."""
+
+    def __init__(self, notes: Notes) -> None:
         self.notes = notes
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        with self.notes.open("a") as file:
-            note = {"values": trial.config, "ended": trial.last_result.get("step", 0)}
-            file.write(json.dumps(note) + "\n")
+        if not trial.last_result["error"]:
+            self.notes.write(values=trial.config, ended=trial.last_result["step"])
 
 
-def _played(notes: Path) -> tuple[list[dict[str, Value]], list[tuple[dict[str, Value], int]]]:
-    """What earlier drivers left: the values of every trial, and of those that ended, the step."""
-    begun: list[dict[str, Value]] = []
-    ended: list[tuple[dict[str, Value], int]] = []
-    lines = notes.read_text().splitlines(keepends=True) if notes.exists() else []
-    for note in (json.loads(line) for line in lines if line.endswith("\n")):
-        if note["values"] and note["values"] not in begun:
-            begun.append(note["values"])
-        if "ended" in note:
-            ended.append((note["values"], note["ended"]))
-    return begun, ended
+def _points(
+    searched: dict[str, Range | list[Value]], begun: list[dict[str, Value]], trials: int
+) -> tuple[list[dict[str, Value]], int]:
+    """The values to try first, and how many trials there are: lists have an end."""
+    lists = [found for found in searched.values() if isinstance(found, list)]
+    if len(lists) == len(searched) and math.prod(map(len, lists)) <= trials:
+        points = [dict(zip(searched, values, strict=True)) for values in itertools.product(*lists)]
+        return points, len(points)
+    return begun[:trials], trials
 
 
 def _domain(found: Range | list[Value]) -> Any:

@@ -50,6 +50,15 @@ class Space:
         """One recipe a group, with the first value of what is searched."""
         return [replaced(self.recipe, group | self.example()) for group in self.combinations()]
 
+    def recipes_within(self) -> list[Recipe]:
+        """The first group's recipe with each end of each range, and each value of each list."""
+        group = self.combinations()[0]
+        return [
+            replaced(self.recipe, group | self.example() | {key: value})
+            for key, found in self.searched.items()
+            for value in (found if isinstance(found, list) else (found.low, found.high))
+        ] or self.recipes()
+
     def example(self) -> dict[str, Value]:
         """A value for each searched field."""
         return {
@@ -85,12 +94,9 @@ def space(recipe: str, changes: list[str]) -> tuple[Space, list[str]]:
     # Full LoRA is trained once, by itself, not with each trial.
     made = Space(resolve(recipe, ["compare=[]", *plain]), groups, searched)
     made.recipes()
-    for key, found in searched.items():
-        if isinstance(found, list):
-            for value in found:
-                replaced(made.recipe, {key: value})
-        else:
-            replaced(made.recipe, {key: found.high})
+    for each in made.recipes_within():
+        if each.sft.stop is not None:
+            refuse("sft.stop", each.sft.stop, "null: the search stops a trial")
     return made, plain
 
 

@@ -7,10 +7,12 @@ since the losses of unlike models do not compare. The same command goes on where
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,28 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that i
 
 from pipelines.full import command  # noqa: E402, I001  first: it quietens the libraries
 
+from torch.cuda import device_count  # noqa: E402
+
 from loram.errors import refuse  # noqa: E402
 from loram.plan import size  # noqa: E402
 from pipelines import results  # noqa: E402
 from pipelines.assets import home  # noqa: E402
-from pipelines.check import check  # noqa: E402
+from pipelines.check import check, check_settings  # noqa: E402
 from pipelines.console import Console  # noqa: E402
 from pipelines.execute import CURVE, Event, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.launch import ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
-from pipelines.recipe import flat, write_recipe  # noqa: E402
+from pipelines.lock import try_lock  # noqa: E402
+from pipelines.recipe import Recipe, flat, write_recipe  # noqa: E402
 from pipelines.step import Source, Step  # noqa: E402
 from pipelines.store import Store  # noqa: E402
 from pipelines.tracking import Tracking, local, viewer  # noqa: E402
 from tune import page  # noqa: E402
 from tune.follow import Follow, shown  # noqa: E402
+from tune.notes import Notes  # noqa: E402
 from tune.plan import Plan  # noqa: E402
-from tune.search import Outcome, capacity, search  # noqa: E402
+from tune.search import Outcome, capacity, most, search  # noqa: E402
 from tune.space import Space, replaced, space  # noqa: E402
 from tune.trial import sft_of  # noqa: E402
 
@@ -71,7 +77,15 @@ def run(plan: Plan) -> int:
     recipe = plan.space.recipe
     store = Store(Path(recipe.store or home() / "store").absolute())
     for each in plan.space.recipes():
-        full = size(check(each, store.root))
+        config = check(each, store.root)
+    for each in plan.space.recipes_within():
+        check_settings(each, config)
+    full = size(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        capacity(recipe.place, plan.concurrent, {"CPU": os.cpu_count() or 1, "GPU": device_count()})
+    mine = home() / "sweeps" / plan.key
+    if try_lock(mine / "lock") is None:
+        refuse("sweep", f"{plan.key}, which another process runs", "one process at a time")
     model, sources = locate(recipe, store.root / "digests")
     now = datetime.datetime.now(datetime.UTC)
     name = f"sweep-{recipe.name}-{now:%Y%m%dT%H%M%S}-{os.getpid()}"
@@ -80,11 +94,20 @@ def run(plan: Plan) -> int:
         uri,
         home() / "mlflow",
         params=flat(recipe),
-        tags={"recipe": recipe.name, "sweep": plan.key, "stage": "sweep"},
+        tags={
+            "recipe": recipe.name,
+            "sweep": plan.key,
+            "stage": "sweep",
+            "variant": ", ".join(sorted({each.prune.method for each in plan.space.recipes()})),
+        },
         name=name,
         experiment=recipe.experiment,
     )
-    with Console() as console, tracker as tracking:
+
+    def key(trained: Recipe) -> str:
+        return sft_of(build(trained, model, sources)).key
+
+    with Console() as console, tracker as tracking, _kept(store):
         say = console.terminal.print
 
         def on(event: Event) -> None:
@@ -93,27 +116,29 @@ def run(plan: Plan) -> int:
 
         say(f"LoRAM sweep {plan.key}: store {store.root}")
         start_ray()
-        concurrent = capacity(recipe.place, plan.concurrent)
+        concurrent = capacity(recipe.place, plan.concurrent, most())
         shared = _shared(plan.space, model, sources)
         execute(shared, store, ray_launch, recipe.place, on)
         outcomes: list[Outcome] = []
         for number, group in enumerate(plan.space.combinations()):
             say(f"search: {shown(group) or 'one group'}")
-            directory = home() / "sweeps" / plan.key / str(number)
-            chosen = replaced(recipe, group)
-            with Follow(directory / "notes.jsonl", tracking, plan.key, chosen, say) as follow:
+            notes, chosen = Notes.open(mine / str(number)), replaced(recipe, group)
+            with Follow(notes, tracking, plan.key, chosen, key, say) as follow:
                 found = search(
                     group,
                     chosen,
                     plan.space.searched,
                     model,
                     sources,
-                    directory,
+                    notes,
                     store=store.root,
                     trials=plan.trials,
                     concurrent=concurrent,
                     seed=plan.seed,
                 )
+            for step in shared:
+                if flaw := store.flaw(step.slug, step.key):
+                    raise FileNotFoundError(None, f"{step.slug}: {flaw}", str(store.root))
             graphs = [_ends(build(o.recipe, model, sources)) for o in found]
             targets = [
                 variant.evaluate
@@ -144,6 +169,18 @@ def run(plan: Plan) -> int:
             return 1
         say(f"best    python pipelines/full.py {page.line(plan, best)}", soft_wrap=True)
     return 0
+
+
+@contextlib.contextmanager
+def _kept(store: Store) -> Iterator[None]:
+    """One line about a store that disappears."""
+    try:
+        yield
+    except OSError as error:
+        if not Path(str(error.filename)).is_relative_to(store.root):
+            raise
+        found = f"{store.root} ({error.strerror})"
+        refuse("store", found, "a directory that stays and can be written")
 
 
 def _shared(space: Space, model: Source, sources: dict[str, Source]) -> list[Step]:

@@ -7,7 +7,6 @@ there leaves no worker behind.
 """
 
 import dataclasses
-import json
 import math
 import shutil
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from typing import Any
 
 from ray import tune
 
-from loram.errors import UserError
+from loram.errors import UserError, refuse
 from loram.train import TrainConfig
 from pipelines.execute import StepFailed, execute
 from pipelines.fit import STATE
@@ -26,6 +25,7 @@ from pipelines.launch import ray_launch
 from pipelines.recipe import Recipe
 from pipelines.step import Metrics, Source, Step
 from pipelines.store import Store
+from tune.notes import Notes
 from tune.space import Value, replaced
 
 FACTOR = 2  # of the trials at a rung, one in so many goes on
@@ -65,30 +65,29 @@ def trial(
     model: Source,
     sources: dict[str, Source],
     store: Path,
-    notes: Path,
-    ended: list[tuple[dict[str, Value], int]],
+    notes: Notes,
 ) -> None:
     """What Ray Tune runs: reports `step` and `held_out_loss` at every rung and at the end.
 
-    What fails, divergence and lost memory too, is reported as `error`, with an infinite loss.
+    What fails, divergence and lost memory too, is reported as `error`, with an infinite loss. A
+    trial that was over under an earlier driver goes as far as it went then; its reports are marked
+    as `again`.
 
     Args:
         config: the values of the searched fields.
-        notes: the file that the driver follows: a JSON line a report.
-        ended: the values of trials that ended under an earlier driver, and at which step.
+        notes: what the driver follows.
     """
-    name = tune.get_context().get_trial_id()
+    name, over = tune.get_context().get_trial_id(), notes.ended(config)
 
-    def tell(**said: Any) -> None:
-        with notes.open("a") as file:
-            file.write(json.dumps({"trial": name, "values": config, **said}) + "\n")
-        if said:
-            tune.report(said)
+    def tell(step: int, loss: float, error: str) -> None:
+        said = {"step": step, "held_out_loss": loss, "error": error}
+        notes.write(trial=name, values=config, **said)
+        tune.report(said | {"again": over is not None})
 
-    tell()
+    notes.write(trial=name, values=config)
     recipe, shelf = replaced(recipe, config), Store(store)
+    last = over or recipe.sft.steps
     earlier: Path | None = None
-    last = next((step for values, step in ended if values == config), recipe.sft.steps)
     for step in [*rungs(recipe.sft), recipe.sft.steps]:
         if step > last:
             return
@@ -96,10 +95,10 @@ def trial(
         launch = partial(_going_on, sft.key, earlier)
         try:
             execute([sft], shelf, launch, recipe.place, lambda event: None)
-        except (UserError, StepFailed) as failure:
-            return tell(step=step, held_out_loss=math.inf, error=str(failure))
-        loss = shelf.record(sft.slug)["metrics"]["held_out_loss"]
-        tell(step=step, held_out_loss=loss, error="")
+            loss = shelf.record(sft.slug)["metrics"]["held_out_loss"]
+        except (UserError, StepFailed, OSError) as failure:
+            return tell(step, math.inf, str(failure))
+        tell(step, loss, "")
         earlier = shelf.entry(sft.slug)
 
 
@@ -113,6 +112,8 @@ def _going_on(
     place: Any,
 ) -> "Future[Metrics]":
     """Start the step; a training from the checkpoint of the rung before, if it has none."""
-    if earlier and step.key == key and not (work / "run").exists():
+    if step.key != key:
+        refuse("store", f"one from which {step.slug} has gone", "one that stays during a sweep")
+    if earlier and not (work / "run").exists():
         shutil.copytree(earlier / STATE, work, dirs_exist_ok=True)
     return ray_launch(step, inputs, out, work, place)

@@ -1,0 +1,118 @@
+"""A search that goes on: its notes, what it tries first, what it does not stop anew."""
+
+import itertools
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.tune.search.optuna import OptunaSearch
+
+from loram.errors import UserError
+from pipelines.launch import ray_launch, start_ray
+from pipelines.place import Place
+from pipelines.step import Step
+from pipelines.steps import Empty
+from tune.notes import Notes
+from tune.search import _Asha, _domain, _Ends, _points, capacity
+from tune.space import Range
+
+
+def test_a_torn_note_is_dropped_and_nothing_is_glued_to_it(tmp_path):
+    notes = Notes.open(tmp_path)
+    notes.write(trial="a", values={"sft.lr": 0.1 + 0.2})
+    with notes.file.open("a") as file:
+        file.write('{"trial": "b", "val')
+    again = Notes.open(tmp_path)
+    again.write(values={"sft.lr": 0.1 + 0.2}, ended=2)
+    assert again.begun() == [{"sft.lr": 0.1 + 0.2}] and again.ended({"sft.lr": 0.1 + 0.2}) == 2
+    assert [json.loads(line)["values"] for line in notes.file.read_text().splitlines()]
+
+
+def test_equal_values_are_one_trial_that_ended_where_the_longer_one_did(tmp_path):
+    notes = Notes.open(tmp_path)
+    for ended in (2, 4, 2):
+        notes.write(trial="x", values={"adapter.r": 4})
+        notes.write(values={"adapter.r": 4}, ended=ended)
+    notes.write(trial="y", values={"adapter.r": 8})
+    assert notes.begun() == [{"adapter.r": 4}, {"adapter.r": 8}]
+    assert notes.ended({"adapter.r": 4}) == 4 and notes.ended({"adapter.r": 8}) is None
+
+
+def test_what_was_noted_is_proposed_again_to_the_last_bit():
+    domains = {"sft.lr": _domain(Range(1e-5, 1e-3)), "sft.warmup_steps": _domain(Range(1, 9))}
+
+    def proposed(points, count):
+        search = OptunaSearch(
+            domains, metric="x", mode="min", points_to_evaluate=points or None, seed=len(points)
+        )
+        return [search.suggest(str(number)) for number in range(count)]
+
+    first = proposed([], 3)
+    again = proposed(json.loads(json.dumps(first)), 4)
+    assert again[:3] == first and again[3] not in first
+
+
+def test_lists_are_tried_once_each_and_ranges_go_on_with_what_was_begun():
+    lists = {"adapter.r": [4, 8], "sft.lr": [1e-3, 2e-3]}
+    points, trials = _points(lists, [{"adapter.r": 8, "sft.lr": 1e-3}], 9)
+    every = [dict(zip(lists, pair, strict=True)) for pair in itertools.product(*lists.values())]
+    assert (points, trials) == (every, 4)
+    begun = [{"adapter.r": 4, "sft.lr": 1e-3}]
+    assert _points(lists, begun, 3) == (begun, 3)
+    assert _points(lists | {"sft.clip": Range(0.1, 1)}, begun, 9) == (begun, 9)
+    assert _points({}, [{}], 9) == ([{}], 1)
+
+
+@pytest.mark.parametrize(("again", "decision"), [(False, "STOP"), (True, "CONTINUE")])
+def test_a_trial_that_was_over_is_not_stopped_anew(again, decision):
+    asha = _Asha(
+        time_attr="step", metric="loss", mode="min", grace_period=2, reduction_factor=2, max_t=9
+    )
+    results = [{"step": 2, "loss": loss, "again": again} for loss in (1.0, 2.0, 3.0)]
+    for name, result in zip("abc", results, strict=True):
+        trial = SimpleNamespace(trial_id=name)
+        asha.on_trial_add(None, trial)
+        last = asha.on_trial_result(None, trial, result)
+    assert last == decision
+
+
+def test_a_failed_trial_is_not_over(tmp_path):
+    notes = Notes.open(tmp_path)
+    for r, error in ((4, ""), (8, "out of memory")):
+        trial = SimpleNamespace(config={"adapter.r": r}, last_result={"step": 2, "error": error})
+        _Ends(notes).on_trial_complete(1, [], trial)
+    assert notes.ended({"adapter.r": 4}) == 2 and notes.ended({"adapter.r": 8}) is None
+
+
+def test_trials_at_a_time():
+    cluster = {"CPU": 8.0, "GPU": 0.0}
+    assert capacity(Place(workers=2, cpus_per_worker=2), None, cluster) == 2
+    assert capacity(Place(cpus_per_worker=2), 3, cluster) == 3
+    with pytest.raises(UserError, match="at most 4"):
+        capacity(Place(cpus_per_worker=2), 5, cluster)
+    with pytest.raises(UserError, match="at most 0"):
+        capacity(Place(cpus_per_worker=2, gpus_per_worker=1), None, cluster)
+
+
+def sleep(config: Empty, *, out, work, place):
+    time.sleep(300)
+    return {}
+
+
+@pytest.mark.timeout(120)
+def test_a_step_that_ray_kills_for_its_memory_fails_and_is_not_started_for_ever(
+    tmp_path, monkeypatch
+):
+    """Ray's own memory monitor, with a limit that every process is above."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    start_ray()
+    try:
+        future = ray_launch(Step("sleep", sleep, Empty()), {}, tmp_path, tmp_path, None)
+        with pytest.raises(ray.exceptions.OutOfMemoryError):
+            future.result(60)
+    finally:
+        ray.shutdown()

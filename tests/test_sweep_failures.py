@@ -1,0 +1,167 @@
+"""Sweeps in which something is killed, fails or disappears, on a cluster that outlives them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.assets import home
+from tests.test_jobs import RAY, free_ports
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SETTINGS = ["test", "align.steps=0", "nf4=false", "prune.ratio=0.5", "sft.eval_every=4"]
+# An adapter that no machine has memory for, and a rate at which weights overflow.
+FAILING = ["adapter.r=4,4000000000000", "sft.lr=1e-3,1e30", "--trials", "4"]
+
+
+@dataclass
+class Cluster:
+    """A Ray of its own with two CPUs, and a home that its jobs share."""
+
+    root: Path
+    env: dict[str, str]
+
+    def start(self, *words: str) -> subprocess.Popen:
+        """A sweep; what it prints goes to `log`."""
+        command = [sys.executable, ROOT / "tune" / "sweep.py", *SETTINGS, *words]
+        with (self.root / "log").open("w") as log:
+            return subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+
+    def log(self) -> str:
+        return (self.root / "log").read_text()
+
+    def process(self, title: str) -> int | None:
+        """The id of a process of this cluster, by the start of its title."""
+        mine = f"LORAM_HOME={self.root}".encode()
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                text = (folder / "cmdline").read_text()
+                if text.startswith(title) and mine in (folder / "environ").read_bytes():
+                    return int(folder.name)
+            except OSError:
+                continue
+        return None
+
+    def runs(self) -> list[Any]:
+        client = MlflowClient(f"sqlite:///{self.root}/mlflow/mlflow.db")
+        experiment = client.get_experiment_by_name("loram")
+        return list(client.search_runs([experiment.experiment_id], max_results=1000))
+
+    def is_clean(self) -> bool:
+        """All resources are back and no run is open."""
+        code = "import ray; ray.init(log_to_driver=False, logging_level='ERROR')\n"
+        code += "raise SystemExit(ray.available_resources() != ray.cluster_resources())"
+        idle = subprocess.run([sys.executable, "-c", code], env=self.env, capture_output=True)
+        return idle.returncode == 0 and all(r.info.status != "RUNNING" for r in self.runs())
+
+
+def until(true: Callable[[], Any], limit_s: float = 500) -> Any:
+    end = time.monotonic() + limit_s
+    while not (value := true()):
+        assert time.monotonic() < end, "never came true"
+        time.sleep(0.2)
+    return value
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    root, short = tmp_path_factory.mktemp("failures"), Path("/tmp") / f"lf{os.getpid()}"
+    (root / "assets").symlink_to(home() / "assets")
+    port, dashboard, client, agent = free_ports(4)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "LORAM_HOME": str(root),
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    head = subprocess.Popen(
+        [*RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
+        + [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+        + ["--num-cpus=2", f"--temp-dir={short}", "--node-ip-address=127.0.0.1"],
+        env=env,
+        stdout=(root / "head.log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 60)
+        yield Cluster(root, env | {"RAY_ADDRESS": f"127.0.0.1:{port}"})
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def failed(cluster) -> list[dict[str, Any]]:
+    """The trials of a sweep of which three fail; of the good one worker and trial are killed."""
+    sweep = cluster.start(*FAILING)
+    for title in ("ray::RayTrainWorker", "ray::ImplicitFunc"):
+        os.kill(until(lambda title=title: cluster.process(title)), signal.SIGKILL)
+    assert sweep.wait(400) == 0, cluster.log()
+    (file,) = (cluster.root / "store" / "reports").glob("*/trials.json")
+    return list(json.loads(file.read_text()))
+
+
+def test_what_fails_has_a_reason_and_the_killed_trial_its_numbers(failed):
+    by = {(trial["adapter.r"], trial["sft.lr"]): trial for trial in failed}
+    assert len(by) == len(failed) == 4
+    assert by[4, 1e-3]["error"] == "" and by[4, 1e-3]["large_loss"] > 0
+    assert "not finite" in by[4, 1e30]["error"]
+    for lr in (1e-3, 1e30):
+        assert "memory" in by[4_000_000_000_000, lr]["error"]
+
+
+def test_mlflow_has_them_all_with_their_tags(failed, cluster):
+    runs = [run for run in cluster.runs() if run.data.tags["stage"] == "trial"]
+    assert sorted(run.info.status for run in runs) == ["FAILED"] * 3 + ["FINISHED"]
+    for run in runs:
+        assert (run.info.status == "FAILED") == ("error" in run.data.tags)
+        assert {"sweep", "variant", "key"} <= run.data.tags.keys()
+        if run.info.status == "FINISHED":
+            assert (cluster.root / "store" / f"sft-{run.data.tags['key'][:12]}").is_dir()
+            names = {"base_loss", "base_ppl_out", "large_loss", "large_ppl_out", "held_out_loss"}
+            assert names <= run.data.metrics.keys()
+    for run in cluster.runs():
+        assert run.data.tags["variant"] == "stru" and run.data.tags["sweep"]
+    until(cluster.is_clean, 60)
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_after_a_killed_driver_the_cluster_is_free(failed, cluster, sign, status):
+    sweep = cluster.start(f"sft.lr={2 + sign}e-4,{3 + sign}e-4")
+    until(lambda: cluster.process("ray::RayTrainWorker"))
+    sweep.send_signal(sign)
+    assert sweep.wait(60) == status, cluster.log()
+    assert "Traceback" not in cluster.log()
+    until(cluster.is_clean, 90)
+
+
+def test_a_store_that_disappears_ends_the_sweep_in_one_line(failed, cluster):
+    store, away = cluster.root / "store", cluster.root / "away"
+    sweep = cluster.start("sft.lr=5e-4,6e-4")
+    until(lambda: cluster.process("ray::RayTrainWorker"))
+    store.rename(away)
+    try:
+        assert sweep.wait(200) == 2, cluster.log()
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+        away.rename(store)
+    assert cluster.log().strip().splitlines()[-1].startswith("error: store: ")
+    assert "Traceback" not in cluster.log()
+    until(cluster.is_clean, 90)
