@@ -4,9 +4,9 @@ import pytest
 
 from loram.errors import UserError
 from loram.train import TrainConfig
+from tune.rungs import rungs, stopped
 from tune.space import Range, replaced, space
 from tune.sweep import main
-from tune.trial import rungs, stopped
 
 
 def test_a_range_is_searched_and_a_list_of_ratios_makes_groups():

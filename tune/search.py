@@ -23,8 +23,9 @@ from loram.errors import refuse
 from pipelines.place import Place
 from pipelines.recipe import Recipe
 from pipelines.step import Source
+from tune.rungs import FACTOR, rungs, stopped
 from tune.space import Range, Value, replaced
-from tune.trial import FACTOR, rungs, stopped, trial
+from tune.trial import trial
 
 TRIAL_BYTES = 300e6  # that the process of a trial takes; its training is another
 KILLS = 2  # restarts of a trial whose process was killed

@@ -1,16 +1,10 @@
 """A trial: the SFT of a recipe with fields replaced, through the store, rung by rung.
 
-A rung is a recipe of its own with `sft.stop`, so what a stopped trial leaves is an ordinary result
-of an ordinary recipe. The next rung, and the whole training, go on from its checkpoint, which
-gives the same bytes as training in one go. Between rungs nothing of a trial runs: stopping it
-there leaves no worker behind.
+Between rungs nothing of a trial runs: stopping it there leaves no worker behind.
 """
 
-import dataclasses
 import json
 import math
-import shutil
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,44 +12,13 @@ from typing import Any
 from ray import tune
 
 from loram.errors import UserError
-from loram.train import TrainConfig
 from pipelines.execute import StepFailed, execute
-from pipelines.fit import STATE
-from pipelines.graph import Graph, build
-from pipelines.launch import ray_launch
+from pipelines.graph import build
 from pipelines.recipe import Recipe
-from pipelines.step import Metrics, Source, Step
+from pipelines.step import Source
 from pipelines.store import Store
+from tune.rungs import going_on, rungs, sft_of, stopped
 from tune.space import Value, replaced
-
-FACTOR = 2  # of the trials at a rung, one in so many goes on
-
-
-def rungs(config: TrainConfig) -> list[int]:
-    """The steps at which a trial may be stopped: from a quarter of the training, then doubling.
-
-    A rung is at an evaluation. Empty if the training is too short to have one.
-    """
-    every = config.eval_every
-    first = every * math.ceil(config.steps / 4 / every)
-    found = []
-    while first < config.steps:
-        found.append(first)
-        first *= FACTOR
-    return found
-
-
-def stopped(recipe: Recipe, step: int) -> Recipe:
-    """The recipe of a trial that ended after `step` steps of SFT."""
-    stop = None if step >= recipe.sft.steps else step
-    return dataclasses.replace(recipe, sft=dataclasses.replace(recipe.sft, stop=stop))
-
-
-def sft_of(graph: Graph) -> Step:
-    """The training of the adapter that a graph is about."""
-    step = graph.variants[-1].sft
-    assert step is not None
-    return step
 
 
 def trial(
@@ -87,32 +50,17 @@ def trial(
 
     tell()
     recipe, shelf = replaced(recipe, config), Store(store)
-    earlier: Path | None = None
+    before: Path | None = None
     last = next((step for values, step in ended if values == config), recipe.sft.steps)
     for step in [*rungs(recipe.sft), recipe.sft.steps]:
         if step > last:
             return
         sft = sft_of(build(stopped(recipe, step), model, sources))
-        launch = partial(_going_on, sft.key, earlier)
+        launch = partial(going_on, {sft.key: before} if before else {})
         try:
             execute([sft], shelf, launch, recipe.place, lambda event: None)
         except (UserError, StepFailed) as failure:
             return tell(step=step, held_out_loss=math.inf, error=str(failure))
         loss = shelf.record(sft.slug)["metrics"]["held_out_loss"]
         tell(step=step, held_out_loss=loss, error="")
-        earlier = shelf.entry(sft.slug)
-
-
-def _going_on(
-    key: str,
-    earlier: Path | None,
-    step: Step,
-    inputs: dict[str, Any],
-    out: Path,
-    work: Path,
-    place: Any,
-) -> "Future[Metrics]":
-    """Start the step; a training from the checkpoint of the rung before, if it has none."""
-    if earlier and step.key == key and not (work / "run").exists():
-        shutil.copytree(earlier / STATE, work, dirs_exist_ok=True)
-    return ray_launch(step, inputs, out, work, place)
+        before = shelf.entry(sft.slug)
