@@ -1,9 +1,10 @@
-"""What each way to close the gap is worth: share of full LoRA's gain kept, a pipeline a cell.
+"""What each way to close the gap is worth: share of full LoRA's gain kept, a recipe a cell.
 
     python -m tests.benchmarks.gap [--methods stru rand semi unst] [--ratios 0.65 0.35 0.85]
-        [--ways none align ...] [--seeds 0 1 2] [--sft-steps 20]
+        [--ways none align ...] [--seeds 0 1 2] [--sft-steps 20] [--nf4]
 
-The recipe `small` in 16 bits, on the shared store: base, full LoRA, scores and cuts are made once.
+The recipe `small`, in 16 bits or 4, on the shared store: base, full LoRA, scores and cuts are made
+once; a cell a core, on a thread each. `none` is the method without alignment, `align` the paper's.
 Cells that results.jsonl has are not run again. Where weights were changed each way is run with and
 without the correction of the recovered adapter; elsewhere that does nothing. `bound` is LoRA on the
 full model at the kept positions, `qlora` QLoRA on the full model.
@@ -11,21 +12,25 @@ full model at the kept positions, `qlora` QLoRA on the full model.
 
 import argparse
 import json
-import re
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
+from loram.model import read_config
+from loram.plan import size
+from pipelines import results
+from pipelines.assets import home
+from pipelines.execute import execute
 from pipelines.graph import build
+from pipelines.launch import ray_launch, start_ray
 from pipelines.locate import locate
 from pipelines.recipes import resolve
 from pipelines.step import order
 from pipelines.store import Store
-from tests.benchmarks import RESULTS, keep
+from tests.benchmarks import keep, there
 
-ROOT = Path(__file__).parents[2]
 OFF, ALIGN = ["align.steps=0"], ["align.steps=20"]
 
 
@@ -51,24 +56,25 @@ WAYS = {
     **{f"task, rank {rank}": OFF + fitted("task", rank) for rank in (8, 16, 32, 128, 576)},
     **{f"task, {rows} rows": OFF + fitted("task", rows=rows) for rows in (16, 128, 256)},
 }
-ROWS = {"bound": "LoRA where pruning keeps", "qlora": "QLoRA"}  # others: the last of the table
+# Of these ways another row of the table than the last.
+ROWS = {"bound": "LoRA where pruning keeps", "qlora": "QLoRA"}
 PREPARING = ("compensate", "align", "targets", "distil")
 
 
 def main() -> None:
-    """Run the missing cells, one after the other."""
+    """Run the missing cells."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=["stru", "rand", "semi", "unst"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.65, 0.35, 0.85])
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sft-steps", type=int, default=20)
+    parser.add_argument("--nf4", action="store_true")
     options = parser.parse_args()
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    known = [line for line in map(json.loads, lines) if line["benchmark"] == "gap"]
-    for cell in cells(options):
-        if not any(cell.items() <= line.items() for line in known):
-            run(cell)
+    missing = [cell for cell in cells(options) if not there("gap", **cell)]
+    start_ray()
+    with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
+        list(side_by_side.map(run, missing))
 
 
 def cells(options: argparse.Namespace) -> Iterator[dict]:
@@ -78,41 +84,44 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
         for ratio, way in product([None] if sparse else options.ratios, options.ways):
             if way == "bound" and sparse:
                 continue
-            moved = "distil.trained=stand_ins" not in WAYS[way] and ALIGN[0] in WAYS[way]
-            for correct in (False, True) if (sparse or moved) and way != "qlora" else (False,):
-                cell = {"method": method, "ratio": ratio, "way": way, "correct": correct}
-                yield cell | {"sft_steps": options.sft_steps, "seed": seed}
+            aligned = "distil.trained=stand_ins" not in WAYS[way] and ALIGN[0] in WAYS[way]
+            moved = (sparse or aligned or options.nf4) and way not in ROWS
+            for correct in (False, True) if moved else (False,):
+                cell = {"method": method, "ratio": ratio, "nf4": options.nf4, "way": way}
+                yield cell | {
+                    "correct": correct,
+                    "sft_steps": options.sft_steps,
+                    "seed": seed,
+                }
 
 
 def run(cell: dict) -> None:
-    """One pipeline, and its line."""
+    """What is missing of the cell's steps, and its line."""
     changes = [f"prune.method={cell['method']}", f"correct={json.dumps(cell['correct'])}"]
     changes += [f"prune.ratio={cell['ratio']}"] if cell["ratio"] else []
-    changes += [f"sft.steps={cell['sft_steps']}", *WAYS[cell["way"]]]
+    changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
     changes += [f"{part}.seed={cell['seed']}" for part in ("prune", "align", "sft")]
-    command = [sys.executable, ROOT / "pipelines" / "full.py", "small", "nf4=false", *changes]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{cell}\n{done.stdout}\n{done.stderr}")
-    report = Path(re.search(r"report +(\S+)", done.stdout)[1])  # type: ignore[index]
-    table = {row["label"]: row for row in json.loads((report.parent / "table.json").read_text())}
-    rows = list(table.values())
-    row = table[ROWS[cell["way"]]] if cell["way"] in ROWS else rows[-1]
-    recipe, store = resolve(str(report.parent / "recipe.json"), []), Store(report.parents[2])
+    recipe = resolve("small", [*changes, *WAYS[cell["way"]], "place.cpus_per_worker=1"])
+    store = Store(home() / "store")
     graph = build(recipe, *locate(recipe, store.root / "digests"))
+    base, lora, *others = graph.variants
+    wanted = next((v for v in others if v.label == ROWS.get(cell["way"])), others[-1])
+    graph = replace(graph, variants=(base, lora, wanted))
+    targets = [variant.evaluate for variant in graph.variants] + [graph.recovered]
+    execute(targets, store, ray_launch, recipe.place, lambda event: None)
+    rows = results.rows(graph, store, size(read_config(recipe.model)))
     steps = [step for step in order([graph.recovered]) if step.name in PREPARING]
     records = [store.record(step.slug) for step in steps]
     keep(
         "gap",
         **cell,
-        base_loss=round(table["base"]["loss"], 4),
-        lora_loss=round(table["LoRA"]["loss"], 4),
-        loss=round(row["loss"], 4),
-        small_loss=round(rows[-2]["loss"], 4),
-        share=round((rows[0]["loss"] - row["loss"]) / (rows[0]["loss"] - table["LoRA"]["loss"]), 3),
-        out_of_domain_perplexity=round(row["out_of_domain_perplexity"], 2),
-        lora_out_of_domain_perplexity=round(table["LoRA"]["out_of_domain_perplexity"], 2),
-        held_mb=round((row["bytes"] or rows[-2]["bytes"]) / 1e6, 1),
+        base_loss=round(rows[0].loss, 4),
+        lora_loss=round(rows[1].loss, 4),
+        loss=round(rows[2].loss, 4),
+        share=round(rows[2].share, 3),
+        out_of_domain_perplexity=round(rows[2].out_of_domain_perplexity, 2),
+        lora_out_of_domain_perplexity=round(rows[1].out_of_domain_perplexity, 2),
+        held_mb=round(rows[2].bytes / 1e6, 1),
         preparing_seconds=round(sum(record["seconds"] for record in records), 1),
         preparing={r["name"]: r["metrics"] for r in records},
     )
