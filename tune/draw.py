@@ -53,6 +53,7 @@ def picture(seen: Seen) -> plt.Figure:
     handles = _key(found, seen.study.name)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(seeds(seen), fontsize=9)
+    figure.get_layout_engine().set(wspace=0.06)
     return figure
 
 
@@ -149,7 +150,7 @@ def _recovery(axes: plt.Axes, found: Means, measure: str) -> None:
             offset, colour, marker, _ = CORNERS[cell.inference, cell.aligned]
             place = models.index(cell.model) + offset
             _points(axes, [(place, spreads[measure])], colour, marker, cell.rate)
-    axes.set_xticks(range(len(models)), models)
+    axes.set_xticks(range(len(models)), [model.replace("-", "-\n") for model in models])
     axes.set_xlim(-0.6, len(models) - 0.4)
     axes.tick_params(axis="x", length=0, labelsize=9)
 

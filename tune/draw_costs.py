@@ -37,7 +37,7 @@ def draw_costs(seen: Seen) -> plt.Figure:
     grid[0].set_yticks(range(len(arms)), arms)
     grid[0].invert_yaxis()
     for axes in grid:
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
@@ -73,9 +73,13 @@ def _stack(
             axes.errorbar(total.mean, row, xerr=total.sd, color="black", capsize=3, lw=1.2)
 
 
+def _colour(stage: str) -> str:
+    return COLOURS[ORDER.index("SFT" if stage == SEARCH else stage)]
+
+
 def _fill(stage: str) -> dict:
     hatch = {"hatch": "////"} if stage == SEARCH else {}
-    return {"color": COLOURS[ORDER.index(stage)], "edgecolor": "white", "lw": 0.5} | hatch
+    return {"facecolor": _colour(stage), "edgecolor": "white", "lw": 0.5} | hatch
 
 
 def _mark(stage: str) -> str:
@@ -83,4 +87,4 @@ def _mark(stage: str) -> str:
 
 
 def _dot(stage: str) -> dict:
-    return {"color": COLOURS[ORDER.index(stage)], "mec": "#444444", "mew": 0.5, "ms": 6}
+    return {"color": _colour(stage), "mec": "#444444", "mew": 0.5, "ms": 6}

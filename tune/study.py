@@ -131,11 +131,14 @@ def _execute(
         recipe, variant = known[event.step.key]
         here.on(event, flat(recipe), {"variant": variant})
 
+    place = here.recipe.place
+    # Each training that waits for its CPUs holds processes: one waits, so that none are idle.
+    at_once = place.room and place.room + 1
     while True:
         before = len(gone)
         kept = [step for step in targets if step.key not in gone]
         try:
-            execute(kept, here.store, partial(going_on, earlier), here.recipe.place, on)
+            execute(kept, here.store, partial(going_on, earlier), place, on, at_once)
             return lost
         except (UserError, StepFailed):
             if len(gone) == before:
