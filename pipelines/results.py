@@ -66,7 +66,7 @@ def rows(graph: Graph, store: Store, full: Size) -> list[Row]:
                 tokens_per_second=sft["tokens_per_second"],
                 peak_memory_bytes=sft["peak_memory_bytes"],
             )
-            if "LoRA" in loss:
+            if loss.keys() >= {"base", "LoRA"}:
                 share = share_of_gain(loss["base"], loss["LoRA"], loss[v.label])
                 row = replace(row, share=share)
         found.append(row)

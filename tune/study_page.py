@@ -31,10 +31,10 @@ SPENT = {"tokens": ("tokens", 1), "seconds": ("seconds", 1), "peak_memory_bytes"
 def table(seen: Seen) -> Table:
     """The table for a terminal."""
     title = f"LoRAM study {seen.study.name}: {TITLES[seen.study.name]}"
-    drawn = Table(title=title, caption="\n".join(notes(seen)), caption_justify="left")
-    head, body = _results(seen)
+    head, body, said = *_results(seen), notes(seen)
     if seen.study.name == "cost":
-        head, body = _costs(seen)
+        head, body, said = *_costs(seen), [COST_NOTE]
+    drawn = Table(title=title, caption="\n".join(said), caption_justify="left")
     for name in head:
         words = name in ("model", "inference", "rate", "arm", "stage")
         drawn.add_column(name, justify="left" if words else "right")
