@@ -8,22 +8,26 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from matplotlib import pyplot as plt
 from mlflow import MlflowClient
 
+from loram.errors import UserError
 from pipelines.assets import home
+from pipelines.execute import Event
 from pipelines.recipe import flat
 from pipelines.results import Row
 from pipelines.step import Source
+from pipelines.store import Store
 from tune import study_page
 from tune.arms import ask
 from tune.draw import picture
 from tune.draw_costs import draw_costs
 from tune.points import SEARCH, Cell, Cost, Point, Seen, means, spread
-from tune.study import main
-from tune.trainings import evaluations, owners, plan
+from tune.study import _execute, main
+from tune.trainings import evaluations, named, own_best, owners, plan
 
 STUDIES = {
     "recovery": ["--rates", "3e-3"],
@@ -159,6 +163,44 @@ def test_what_cannot_be_asked_is_refused_in_one_line_before_ray(words, said, cap
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}") and "accepted: " in error
     assert error.count("\n") == 1
+
+
+def test_a_rate_that_diverges_is_left_out_and_the_shared_one_may_not(monkeypatch):
+    study, trainings = planned("cost", methods=["stru"], rates=["9"])
+    known = owners(study, trainings)
+    made = []
+
+    def execute(targets, store, launch, place, on, at_once):
+        for step in targets:
+            if step.key in bad:
+                on(Event("failed", step, Path(), text="loss nan"))
+                raise UserError("sft: loss nan")
+        made.append({step.key for step in targets})
+
+    monkeypatch.setattr("tune.study.execute", execute)
+    here = SimpleNamespace(store=None, recipe=study.recipe, on=lambda *_: None)
+    optional = {t.sft.key: named(t) for t in trainings if t.lr == 9}
+    targets = [t.sft for t in trainings]
+    bad = {trainings[1].sft.key}
+    assert trainings[1].lr == 9 and trainings[1].arm.label == "LoRA"
+    lost = _execute(targets, optional, {}, known, here)
+    assert lost == {"LoRA, rate 9, seed 0": "loss nan"}
+    assert made == [{step.key for step in targets} - bad]
+    bad = {trainings[0].sft.key}
+    with pytest.raises(UserError, match="loss nan"):
+        _execute(targets, optional, {}, known, here)
+
+
+def test_the_own_best_rate_is_chosen_by_the_held_out_loss_over_seeds(tmp_path):
+    study, trainings = planned("cost", methods=["stru"], rates=["1e-4", "9"], seeds=["0", "1"])
+    losses = {1e-3: (2.0, 4.0), 1e-4: (2.5, 2.5), 9: (1.0, 1.0)}
+    for t in trainings:
+        (tmp_path / t.sft.slug).mkdir()
+        found = {"metrics": {"held_out_loss": losses[t.lr][t.seed]}}
+        (tmp_path / t.sft.slug / "record.json").write_text(json.dumps(found))
+    lost = {named(t): "loss nan" for t in trainings if (t.lr, t.seed, t.arm.full) == (9, 1, True)}
+    best = own_best(study, trainings, lost, Store(tmp_path))
+    assert {arm.label: lr for arm, lr in best.items()} == {"LoRA": 1e-4, "QLoRAM-Stru": 9}
 
 
 def test_spread_is_of_the_values_that_are_there():

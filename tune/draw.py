@@ -1,6 +1,7 @@
 """The pictures of studies. Filled and solid: the shared rate; hollow and dashed: the own best."""
 
 from matplotlib import pyplot as plt
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
@@ -39,7 +40,8 @@ def picture(seen: Seen) -> plt.Figure:
     found = means(seen.points)
     measures = [name for name in PANELS if any(name in spreads for spreads in found.values())]
     size = (4.3 * len(measures), 4.6)
-    figure, grid = plt.subplots(1, len(measures), figsize=size, layout="constrained", squeeze=False)
+    layout = ConstrainedLayoutEngine(wspace=0.06)
+    figure, grid = plt.subplots(1, len(measures), figsize=size, layout=layout, squeeze=False)
     for axes, measure in zip(grid[0], measures, strict=True):
         panel(axes, found, measure)
         axes.set_ylabel(PANELS[measure])
@@ -48,12 +50,11 @@ def picture(seen: Seen) -> plt.Figure:
         if measure != "score" and max(values) > WIDE * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     handles = _key(found, seen.study.name)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(seeds(seen), fontsize=9)
-    figure.get_layout_engine().set(wspace=0.06)
     return figure
 
 
