@@ -128,8 +128,8 @@ def strict_match(
     size: int = 8,
     max_new_tokens: int = 256,
     dtype: torch.dtype = torch.bfloat16,
-) -> float | None:
-    """Share of problems that the model answers with the reference's final number.
+) -> dict[str, float]:
+    """How many problems the model answers with the reference's final number.
 
     Greedy answers to the conversation as it was trained, with no examples before it; only a number
     that is marked as GSM8K marks it counts (its strict match).
@@ -138,7 +138,9 @@ def strict_match(
         size: problems answered at a time, padded on the left.
         dtype: as in `perplexity`.
 
-    Returns: in [0, 1], of the problems whose reference has a final number; None if none has.
+    Returns:
+        strict_match: share of right answers, in [0, 1]; answered: of how many problems, those whose
+        reference has a final number. Empty if none has.
     """
     scored = [(p, final_number(tokenizer.decode(p.answer))) for p in asked]
     scored = [(problem, number) for problem, number in scored if number is not None]
@@ -163,7 +165,7 @@ def strict_match(
         right += sum(
             final_number(text) == number for text, (_, number) in zip(texts, chunk, strict=True)
         )
-    return right / len(scored) if scored else None
+    return {"strict_match": right / len(scored), "answered": len(scored)} if scored else {}
 
 
 def final_number(answer: str) -> str | None:

@@ -212,7 +212,7 @@ def evaluate(
     place: Place,
 ) -> Metrics:
     """Loss in nats a trained token and perplexity on held-out rows, in and out of domain; if asked
-    for, `strict_match`, the share of in-domain problems answered right."""
+    for, `strict_match`, the share of in-domain problems answered right, of `answered`."""
     opened = (
         open_adapted(model, adapter, device=place.device)
         if adapter
@@ -227,7 +227,7 @@ def evaluate(
     if config.answers:
         asked = list(islice(problems(Packed(in_domain / "held_out")), config.answers))
         # A problem is shorter than a packed row.
-        score = strict_match(opened, load_tokenizer(model), asked, size=4 * place.micro_batch)
-        metrics |= {} if score is None else {"strict_match": score}
+        size = 4 * place.micro_batch
+        metrics |= strict_match(opened, load_tokenizer(model), asked, size=size)
     metrics["peak_memory_bytes"] = place.peak_memory()
     return metrics

@@ -172,14 +172,16 @@ def test_strict_match_counts_right_final_numbers(solved, tokenizer, size):
     asked = list(problems(solved[0]))
     options = {"size": size, "max_new_tokens": 24, "dtype": torch.float32}
     assert len({len(problem.prompt) for problem in asked}) == 2  # one is padded
-    assert strict_match(solved[1], tokenizer, asked, **options) == 1.0
+    found = strict_match(solved[1], tokenizer, asked, **options)
+    assert found == {"strict_match": 1.0, "answered": 2}
     other = tokenizer("#### 5")["input_ids"]
     wrong = [Problem(asked[0].prompt, other), asked[1]]
-    assert strict_match(solved[1], tokenizer, wrong, **options) == 0.5
+    assert strict_match(solved[1], tokenizer, wrong, **options)["strict_match"] == 0.5
     # A reference without a number is no problem of this kind.
     unmarked = [Problem(asked[0].prompt, tokenizer("It is 4")["input_ids"])]
-    assert strict_match(solved[1], tokenizer, [*unmarked, asked[1]], **options) == 1.0
-    assert strict_match(solved[1], tokenizer, unmarked, **options) is None
+    found = strict_match(solved[1], tokenizer, [*unmarked, asked[1]], **options)
+    assert found == {"strict_match": 1.0, "answered": 1}
+    assert strict_match(solved[1], tokenizer, unmarked, **options) == {}
 
 
 @pytest.mark.parametrize(

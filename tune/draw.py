@@ -51,6 +51,9 @@ def picture(seen: Seen) -> plt.Figure:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_formatter(NullFormatter())
+        if measure == "score":
+            top = max(5.0, axes.get_ylim()[1])
+            axes.set_ylim(-0.03 * top, top)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     handles = _key(found, seen.study.name)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

@@ -112,7 +112,7 @@ def notes(seen: Seen) -> list[str]:
     if study.name == "steps":
         lines.append("A step's adapter is the one with the best held-out loss up to there.")
     if any(point.row.score is not None for point in seen.points):
-        lines.append(f"score: {SCORE}, of {study.recipe.evaluate.answers}.")
+        lines.append(f"score: {SCORE}, of at most {study.recipe.evaluate.answers}.")
     elif study.recipe.evaluate.answers:
         lines.append("No score: no held-out answer ends with a number after ####.")
     return lines
