@@ -1,15 +1,23 @@
-"""How good a model is: perplexity on packed rows, and text that it writes."""
+"""How good a model is: perplexity on packed rows, text that it writes, answers that are right."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loram.data import IGNORED
 from loram.loss import Batch, CausalLoss, to_device
+from loram.packing import Packed
 from loram.parallel import world
+
+FINAL = re.compile(r"#### (-?[\d.,]*\d)")  # GSM8K ends its solutions so
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @torch.no_grad()
@@ -76,17 +84,94 @@ def generate(
         )
     inputs = inputs.to(model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    pad = tokenizer.pad_token_id
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
-        **(sampling if temperature > 0 else greedy),
+        pad_token_id=_pad_id(tokenizer),
+        **(sampling if temperature > 0 else GREEDY),
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A held-out conversation up to its first answer, and that answer, as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def problems(packed: Packed) -> Iterator[Problem]:
+    """The conversations of packed rows, in their order; padding is none of them."""
+    for row in range(packed.rows):
+        arrays = packed.fetch([row])
+        ids, labels, places = (arrays[n][0] for n in ("input_ids", "labels", "position_ids"))
+        starts = np.flatnonzero(places == 0)
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            trained = labels[start:end] != IGNORED
+            if not trained.any():
+                continue
+            first = int(trained.argmax())
+            length = int(np.append(~trained[first:], True).argmax())
+            document = ids[start:end].tolist()
+            yield Problem(document[:first], document[first : first + length])
+
+
+@torch.no_grad()
+def strict_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Problem],
+    *,
+    size: int = 8,
+    max_new_tokens: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, float]:
+    """How many problems the model answers with the reference's final number.
+
+    Greedy answers to the conversation as it was trained, with no examples before it; only a number
+    that is marked as GSM8K marks it counts (its strict match).
+
+    Args:
+        size: problems answered at a time, padded on the left.
+        dtype: as in `perplexity`.
+
+    Returns:
+        strict_match: share of right answers, in [0, 1]; answered: of how many problems, those whose
+        reference has a final number. Empty if none has.
+    """
+    scored = [(p, final_number(tokenizer.decode(p.answer))) for p in asked]
+    scored = [(problem, number) for problem, number in scored if number is not None]
+    pad, device = _pad_id(tokenizer), model.device
+    right = 0
+    for start in range(0, len(scored), size):
+        chunk = scored[start : start + size]
+        longest = max(len(problem.prompt) for problem, _ in chunk)
+        free = [longest - len(problem.prompt) for problem, _ in chunk]
+        ids = [[pad] * n + problem.prompt for n, (problem, _) in zip(free, chunk, strict=True)]
+        seen = [[0] * n + [1] * (longest - n) for n in free]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(seen, device=device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop_tokens(model, tokenizer),
+                pad_token_id=pad,
+                **GREEDY,
+            )
+        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        right += sum(
+            final_number(text) == number for text, (_, number) in zip(texts, chunk, strict=True)
+        )
+    return {"strict_match": right / len(scored), "answered": len(scored)} if scored else {}
+
+
+def final_number(answer: str) -> str | None:
+    """What follows the first `####`, without thousands separators; None if no number does."""
+    found = FINAL.search(answer)
+    return found[1].replace(",", "") if found else None
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -100,3 +185,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
         after = tokenizer(ending.strip(), add_special_tokens=False)["input_ids"]
         ids |= {i for i in after[:1] if i in tokenizer.added_tokens_decoder}
     return sorted(i for i in ids if i is not None)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

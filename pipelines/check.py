@@ -80,6 +80,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _at_least("corpus.held_out", recipe.corpus.held_out, 1)
     _at_least("instruct.held_out", recipe.instruct.held_out, 1)
     _at_least("evaluate.rows", recipe.evaluate.rows, 1)
+    _at_least("evaluate.answers", recipe.evaluate.answers, 0)
     for name, sources in (
         ("corpus.sources", recipe.corpus.sources),
         ("instruct.sources", recipe.instruct.sources),

@@ -78,6 +78,7 @@ def execute(
     launch: Launch,
     place: Any,
     on_event: Callable[[Event], None],
+    at_once: int | None = None,
 ) -> dict[str, Path]:
     """Make the targets' entries, and of the other steps only those that these need.
 
@@ -87,6 +88,7 @@ def execute(
     Args:
         launch: starts `run(step, inputs, out, work, place)` somewhere and returns its Future.
         on_event: told of everything that happens, in this thread.
+        at_once: steps under way at a time; None for all whose inputs are there.
 
     Returns: the directories of all steps that were used or made, by key.
 
@@ -171,6 +173,8 @@ def execute(
                         look(step)
                 busy = {step.key for step, _, _ in running.values()}
                 for step in ordered:
+                    if at_once and len(running) >= at_once:
+                        break
                     if step.key in absent - done.keys() - busy and _inputs(step) <= done.keys():
                         held_up |= not begin(step)
             if not running and not held_up:

@@ -5,7 +5,6 @@ written relative to the working directory.
 """
 
 import argparse
-import datetime
 import json
 import logging
 import os
@@ -26,17 +25,16 @@ from loram.plan import size  # noqa: E402
 from pipelines import report, results  # noqa: E402
 from pipelines.assets import home  # noqa: E402
 from pipelines.check import check  # noqa: E402
-from pipelines.console import Console  # noqa: E402
 from pipelines.dry_run import dry_run  # noqa: E402
-from pipelines.execute import CURVE, Event, StepFailed, execute  # noqa: E402
+from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.launch import ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
-from pipelines.recipe import Recipe, flat, write_recipe  # noqa: E402
+from pipelines.recipe import Recipe, flat  # noqa: E402
 from pipelines.recipes import resolve  # noqa: E402
+from pipelines.session import session  # noqa: E402
 from pipelines.step import Step, order  # noqa: E402
 from pipelines.store import Store  # noqa: E402
-from pipelines.tracking import Tracking, local, viewer  # noqa: E402
 
 
 def main(words: list[str] | None = None) -> int:
@@ -79,45 +77,28 @@ def run(recipe: Recipe, store: Store) -> int:
     config = check(recipe, store.root)
     graph = build(recipe, *locate(recipe, store.root / "digests"))
     targets = [variant.evaluate for variant in graph.variants] + [graph.recovered]
-    now = datetime.datetime.now(datetime.UTC)
-    name = f"{recipe.name}-{now:%Y%m%dT%H%M%S}-{os.getpid()}"
-    out = store.root / "reports" / name
-    uri = recipe.tracking or local(home() / "mlflow")
-    tracker = Tracking(
-        uri,
-        home() / "mlflow",
-        params=flat(recipe),
-        tags={"recipe": recipe.name, "variant": recipe.prune.method, "stage": "pipeline"},
-        name=name,
-        experiment=recipe.experiment,
-    )
-    with Console() as console, tracker as tracking:
-
-        def on(event: Event) -> None:
-            console.on(event)
-            tracking.on(event)
-
-        console.terminal.print(f"LoRAM {recipe.name}: store {store.root}")
+    tags = {"variant": recipe.prune.method, "stage": "pipeline"}
+    with session(recipe, store, recipe.name, tags) as here:
+        here.say(f"LoRAM {recipe.name}: store {store.root}")
         start_ray()
-        execute(targets, store, ray_launch, recipe.place, on)
+        execute(targets, store, ray_launch, recipe.place, here.on)
         rows = results.rows(graph, store, size(config))
-        out.mkdir(parents=True)
-        write_recipe(recipe, out / "recipe.json")
+        out = here.report()
         _write_report(out, graph, targets, store, recipe, rows)
-        tracking.scores(results.headline(rows))
-        tracking.artifact(out, "report")
-        tracking.artifact(store.entry(graph.recovered.slug), "adapter")
-        tracking.artifact(store.entry(graph.pruned.slug) / "kept.safetensors", "kept")
+        here.tracking.scores(results.headline(rows))
+        here.tracking.artifact(out, "report")
+        here.tracking.artifact(store.entry(graph.recovered.slug), "adapter")
+        here.tracking.artifact(store.entry(graph.pruned.slug) / "kept.safetensors", "kept")
         for step in order(targets):
             rejects = store.entry(step.slug) / "rejects.jsonl"
             if rejects.exists() and rejects.stat().st_size:
-                tracking.artifact(rejects, f"rejects/{step.name}")
-        console.terminal.print(report.table(rows, f"LoRAM {recipe.name}"))
-        console.terminal.print(
+                here.tracking.artifact(rejects, f"rejects/{step.name}")
+        here.say(report.table(rows, f"LoRAM {recipe.name}"))
+        here.say(
             f"recovered adapter  {store.entry(graph.recovered.slug)}\n"
             f"report             {out / 'report.html'}\n"
             f"run it again       python pipelines/full.py {out / 'recipe.json'}\n"
-            f"MLflow             {viewer(uri)}",
+            f"MLflow             {here.viewer}",
             soft_wrap=True,
         )
     return 0

@@ -24,11 +24,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Graph:
-    """What a recipe asks for: the rows of its table, and the adapter that it is all about."""
+    """What a recipe asks for: the rows of its table, and the adapter that it is all about.
+
+    untrained: the small model without an adapter, which only a study looks at.
+    """
 
     variants: tuple[Variant, ...]
     pruned: Step
     recovered: Step
+    untrained: Variant
 
 
 def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
@@ -130,7 +134,8 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         given = {"model": frozen, "in_domain": in_domain, "out_of_domain": out_of_domain}
         if adapter:
             given["adapter"] = adapter
-        return heavy(f"evaluate_{name}", steps.evaluate, steps.Empty(), given)
+        config = steps.EvaluateConfig(recipe.evaluate.answers)
+        return heavy(f"evaluate_{name}", steps.evaluate, config, given)
 
     variants = [Variant("base", evaluate("base", model))]
     if "lora" in recipe.compare:
@@ -155,4 +160,5 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         Variant(f"{ours}, small", evaluate("small", small, adapter), adapter, small),
         Variant(f"{ours}, large", evaluate("large", model, recovered), adapter, small),
     ]
-    return Graph(tuple(variants), pruned, recovered)
+    untrained = Variant(f"{ours}, untrained", evaluate("untrained", small), None, small)
+    return Graph(tuple(variants), pruned, recovered, untrained)

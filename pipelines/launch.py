@@ -10,6 +10,7 @@ import ray
 
 from loram.errors import UserError
 from pipelines.execute import run
+from pipelines.place import forget_peak
 from pipelines.step import Metrics, Step
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def ray_launch(
     goes on from `work`. What the step raised is what the Future raises; a UserError is found below
     any of Ray's wrappings.
     """
-    task = ray.remote(run).options(
+    task = ray.remote(_alone).options(
         name=step.slug, num_cpus=step.cpus, num_gpus=step.gpus, max_retries=1
     )
     ref = task.remote(step, inputs, out.absolute(), work.absolute(), place)
@@ -68,6 +69,12 @@ def ray_launch(
     future.add_done_callback(stop)
     ref.future().add_done_callback(settle)
     return future
+
+
+def _alone(*args: Any) -> Metrics:
+    """Run the step in a worker that may have run others: the most memory it held is its own."""
+    forget_peak()
+    return run(*args)
 
 
 def _bare(error: BaseException) -> BaseException:

@@ -1,7 +1,10 @@
 """Where and how a step runs. It changes speed and memory, not what is computed: never in a key."""
 
+import contextlib
+import os
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,8 +25,23 @@ class Place:
     def device(self) -> str:
         return "cuda" if self.gpus_per_worker else "cpu"
 
+    @property
+    def room(self) -> int | None:
+        """How many trainings fit on this machine; None on a cluster, which may grow."""
+        if os.environ.get("RAY_ADDRESS"):
+            return None
+        if self.gpus_per_worker:
+            return max(1, torch.cuda.device_count() // (self.workers * self.gpus_per_worker))
+        return max(1, (os.cpu_count() or 1) // (self.workers * self.cpus_per_worker))
+
     def peak_memory(self) -> int:
         """Most bytes this process held: on the GPU if it has one, else resident memory."""
         if self.gpus_per_worker:
             return torch.cuda.max_memory_allocated()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak() -> None:
+    """Count this process's resident memory anew, on Linux."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

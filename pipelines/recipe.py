@@ -47,11 +47,15 @@ class Instruct:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Held-out instructions: in_domain empty means the held-out part of the training source."""
+    """Held-out instructions: in_domain empty means the held-out part of the training source.
+
+    answers: how many in-domain problems each model answers, for the score; 0 for none.
+    """
 
     out_of_domain: tuple[SourceSpec, ...]
     in_domain: tuple[SourceSpec, ...] = ()
     rows: int = 1000
+    answers: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,12 @@ COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("ppl in", lambda row: f"{row.perplexity:.2f}"),
     ("ppl out", lambda row: f"{row.out_of_domain_perplexity:.2f}"),
     ("share of gain", lambda row: _number(row.share, 0.01, ".0f", " %")),
+    ("score", lambda row: _number(row.score, 0.01, ".1f", " %")),
     ("tokens/s", lambda row: _number(row.tokens_per_second, 1, ",.0f", "")),
     ("peak", lambda row: _number(row.peak_memory_bytes, 1e6, ",.0f", " MB")),
 ]
+
+SCORE = "held-out problems of the domain answered with the right final number (strict match)"
 
 
 def notes(rows: list[Row]) -> list[str]:
@@ -44,16 +47,24 @@ def notes(rows: list[Row]) -> list[str]:
             f"share of gain: means nothing here, full LoRA gained {gain:.3f} nats over the base "
             f"and at least {LEAST_GAIN} are needed."
         )
+    if by_label["base"].score is not None:
+        lines.append(f"score: {SCORE}.")
     return lines
+
+
+def columns(rows: list[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """Those of the table; a score only where it was asked for."""
+    scored = any(row.score is not None for row in rows)
+    return [column for column in COLUMNS if scored or column[0] != "score"]
 
 
 def table(rows: list[Row], title: str) -> Table:
     """The table for a terminal."""
     drawn = Table(title=title, caption="\n".join(notes(rows)), caption_justify="left")
-    for index, (name, _) in enumerate(COLUMNS):
+    for index, (name, _) in enumerate(columns(rows)):
         drawn.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        drawn.add_row(*(show(row) for _, show in COLUMNS))
+        drawn.add_row(*(show(row) for _, show in columns(rows)))
     return drawn
 
 
@@ -76,29 +87,17 @@ def write(
     pictures = {"losses": draw_losses([(row.label, row.loss, row.share) for row in rows])}
     if curves:
         pictures["curves"] = draw_curves(curves)
-    for name, figure in pictures.items():
-        figure.savefig(out / f"{name}.svg")
-        figure.savefig(out / f"{name}.png", dpi=150)
-    images = "".join(image(figure) for figure in pictures.values())
-    for figure in pictures.values():
-        plt.close(figure)
-    head = [name for name, _ in COLUMNS]
-    body = [[show(row) for _, show in COLUMNS] for row in rows]
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<title>LoRAM: {html.escape(str(recipe['name']))}</title><style>{STYLE}</style>"
-        f"<h1>LoRAM: {html.escape(str(recipe['name']))}</h1>"
-        + html_table(head, body)
-        + "".join(f"<p>{html.escape(note)}</p>" for note in notes(rows))
+    images = save(out, pictures)
+    head = [name for name, _ in columns(rows)]
+    body = [[show(row) for _, show in columns(rows)] for row in rows]
+    found = (
+        html_table(head, body)
+        + paragraphs(notes(rows))
         + images
         + "<h2>Steps</h2>"
         + html_table(["step", "key", "seconds"], [[n, k, f"{s:,.1f}"] for n, k, s in steps])
-        + "<h2>Recipe</h2>"
-        + html_table(["key", "value"], [[k, str(v)] for k, v in recipe.items()])
-        + "<h2>Versions</h2>"
-        + html_table(["library", "version"], [[k, v] for k, v in versions.items()])
     )
-    (out / "report.html").write_text(page)
+    write_page(out, f"LoRAM: {recipe['name']}", found, recipe, versions)
 
 
 STYLE = """
@@ -108,6 +107,36 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100%; display: block }
 """
+
+
+def save(out: Path, pictures: dict[str, plt.Figure]) -> str:
+    """Write pictures as SVG and PNG to the directory `out`, close them; their HTML."""
+    images = ""
+    for name, figure in pictures.items():
+        figure.savefig(out / f"{name}.svg")
+        figure.savefig(out / f"{name}.png", dpi=150)
+        images += image(figure)
+        plt.close(figure)
+    return images
+
+
+def write_page(
+    out: Path, title: str, body: str, recipe: dict[str, Any], versions: dict[str, str]
+) -> None:
+    """Write `report.html`, which loads nothing: the body, and below it recipe and versions."""
+    title = html.escape(title)
+    (out / "report.html").write_text(
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{body}<h2>Recipe</h2>"
+        + html_table(["key", "value"], [[k, str(v)] for k, v in recipe.items()])
+        + "<h2>Versions</h2>"
+        + html_table(["library", "version"], [[k, v] for k, v in versions.items()])
+    )
+
+
+def paragraphs(lines: list[str]) -> str:
+    """Lines of plain text."""
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
 def html_table(head: list[str], rows: list[list[str]]) -> str:

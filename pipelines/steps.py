@@ -5,6 +5,7 @@ Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that p
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ import loram.adapter
 import loram.prune
 import loram.sparse
 from loram.adapter import AdapterConfig, open_adapted
-from loram.evaluate import perplexity
-from loram.model import load, local, read_config, save
+from loram.evaluate import perplexity, problems, strict_match
+from loram.model import load, load_tokenizer, local, read_config, save
 from loram.packing import Packed, batches
 from loram.plan import pruned_size, size
 from loram.prune import PruneConfig, choose, copy_companions
@@ -75,7 +76,12 @@ def prune(
     kept = choose(Scores.load(scores), full, config)
     loram.prune.prune(model, out, kept)
     before, after = size(full).total, size(read_config(out)).total
-    return {"parameters": before, "pruned_parameters": after, "reduction": before / after}
+    return {
+        "parameters": before,
+        "pruned_parameters": after,
+        "reduction": before / after,
+        "peak_memory_bytes": place.peak_memory(),
+    }
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ def sparsify(
     full = read_config(model)
     before, after = size(full).total, pruned_size(full, config.prune).total
     counts = {"parameters": before, "pruned_parameters": after, "reduction": before / after}
-    return found | counts | {"calibration_tokens": tokens}
+    used = {"calibration_tokens": tokens, "peak_memory_bytes": place.peak_memory()}
+    return found | counts | used
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,8 @@ class PackConfig:
 def pack(config: PackConfig, *, model: Path, out: Path, work: Path, place: Place) -> Metrics:
     """Keep only the survivors of a sparse model and a bit for each of its weights."""
     loram.sparse.pack(model, out, config.nf4)
-    return {"bytes": sum(file.stat().st_size for file in out.glob("model-*.safetensors"))}
+    size = sum(file.stat().st_size for file in out.glob("model-*.safetensors"))
+    return {"bytes": size, "peak_memory_bytes": place.peak_memory()}
 
 
 def align(
@@ -138,7 +146,8 @@ def quantise(config: Empty, *, model: Path | str, out: Path, work: Path, place: 
     """NF4 with double quantisation, after alignment (paper, section 3.3)."""
     save(load(model, nf4=True, device=place.device), out)
     copy_companions(local(model), out)
-    return {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return {"bytes": size, "peak_memory_bytes": place.peak_memory()}
 
 
 def sft(
@@ -184,8 +193,15 @@ def recover(
     return {"bytes": sum(file.stat().st_size for file in out.iterdir())}
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """answers: in-domain problems to answer, 0 for none."""
+
+    answers: int
+
+
 def evaluate(
-    config: Empty,
+    config: EvaluateConfig,
     *,
     model: Path | str,
     in_domain: Path,
@@ -195,7 +211,8 @@ def evaluate(
     work: Path,
     place: Place,
 ) -> Metrics:
-    """Loss in nats a trained token and perplexity on held-out rows, in and out of domain."""
+    """Loss in nats a trained token and perplexity on held-out rows, in and out of domain; if asked
+    for, `strict_match`, the share of in-domain problems answered right, of `answered`."""
     opened = (
         open_adapted(model, adapter, device=place.device)
         if adapter
@@ -207,5 +224,10 @@ def evaluate(
         rows = batches(packed, range(packed.rows), place.micro_batch)
         found = perplexity(opened, rows)
         metrics |= {f"{domain}_{name}": value for name, value in found.items()}
+    if config.answers:
+        asked = list(islice(problems(Packed(in_domain / "held_out")), config.answers))
+        # A problem is shorter than a packed row.
+        size = 4 * place.micro_batch
+        metrics |= strict_match(opened, load_tokenizer(model), asked, size=size)
     metrics["peak_memory_bytes"] = place.peak_memory()
     return metrics

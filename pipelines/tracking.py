@@ -119,11 +119,22 @@ class Tracking:
             self._sender = self._send()
             self._sender.wait()
 
-    def on(self, event: Event) -> None:
-        """Note what happened to a step."""
+    def on(
+        self,
+        event: Event,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Note what happened to a step.
+
+        Args:
+            params, tags: of its nested run, where they are not those of the pipeline's.
+        """
         step, curve = event.step, str((event.path / CURVE).absolute())
         if event.kind == "started":
-            self._write(op="start", key=step.key, name=step.name, curve=curve)
+            own = {"params": flat(params)} if params else {}
+            own |= {"tags": flat(tags)} if tags else {}
+            self._write(op="start", key=step.key, name=step.name, curve=curve, **own)
         elif event.kind == "finished":
             metrics = {**event.metrics, "seconds": event.seconds}
             self._write(

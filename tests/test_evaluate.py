@@ -9,8 +9,17 @@ from conftest import tiny_model
 from rows import packed_rows
 from transformers import AutoTokenizer
 
-from loram.evaluate import generate, perplexity, stop_tokens
-from loram.packing import batches
+from loram.data import encode_chat
+from loram.evaluate import (
+    Problem,
+    final_number,
+    generate,
+    perplexity,
+    problems,
+    stop_tokens,
+    strict_match,
+)
+from loram.packing import Packed, batches, best_fit, write_packed
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +113,88 @@ def test_generation_ends_where_the_template_ends_a_turn(writer, tokenizer):
         assert generate(writer, other, "Two", max_new_tokens=9) == ""
     finally:
         head.bias = before
+
+
+QUESTIONS = {"Two and two?": "It is\n#### 4", "And three more, what is it then?": "#### 1,007"}
+
+
+@pytest.fixture(scope="module")
+def solved(tokenizer, tmp_path_factory):
+    """Packed conversations, and a model that has learnt their answers by heart."""
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        for question, text in QUESTIONS.items()
+    ]
+    documents = [encode_chat(chat, tokenizer, 128) for chat in chats]
+    path = tmp_path_factory.mktemp("solved")
+    write_packed(path, best_fit(documents, 128), seq_len=128, pad_id=0)
+    model = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = [
+        (torch.tensor(d.ids)[None].long(), torch.tensor(np.where(d.trained, d.ids, -100))[None])
+        for d in documents
+    ]
+    for _ in range(60):
+        loss = sum(model(ids, labels=labels.long()).loss for ids, labels in rows)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Packed(path), model.eval()
+
+
+def test_problems_are_the_conversations_of_packed_rows(solved, tokenizer):
+    found = list(problems(solved[0]))
+    assert {tokenizer.decode(p.answer) for p in found} == {
+        text + "<|im_end|>" for text in QUESTIONS.values()
+    }
+    for problem in found:
+        prompt = tokenizer.decode(problem.prompt)
+        assert prompt.endswith("<|im_start|>assistant\n")
+        assert sum(question in prompt for question in QUESTIONS) == 1
+
+
+def test_a_later_turn_is_no_part_of_the_problem(tokenizer, tmp_path):
+    chat = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "#### 1"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "#### 2"},
+    ]
+    document = encode_chat(chat, tokenizer, 128)
+    write_packed(tmp_path, best_fit([document, document], 256), seq_len=256, pad_id=0)
+    found = list(problems(Packed(tmp_path)))
+    assert len(found) == 2
+    assert {tokenizer.decode(p.answer) for p in found} == {"#### 1<|im_end|>"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_strict_match_counts_right_final_numbers(solved, tokenizer, size):
+    asked = list(problems(solved[0]))
+    options = {"size": size, "max_new_tokens": 24, "dtype": torch.float32}
+    assert len({len(problem.prompt) for problem in asked}) == 2  # one is padded
+    found = strict_match(solved[1], tokenizer, asked, **options)
+    assert found == {"strict_match": 1.0, "answered": 2}
+    other = tokenizer("#### 5")["input_ids"]
+    wrong = [Problem(asked[0].prompt, other), asked[1]]
+    assert strict_match(solved[1], tokenizer, wrong, **options)["strict_match"] == 0.5
+    # A reference without a number is no problem of this kind.
+    unmarked = [Problem(asked[0].prompt, tokenizer("It is 4")["input_ids"])]
+    found = strict_match(solved[1], tokenizer, [*unmarked, asked[1]], **options)
+    assert found == {"strict_match": 1.0, "answered": 1}
+    assert strict_match(solved[1], tokenizer, unmarked, **options) == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("12 * 2 = 24\n#### 24", "24"),
+        ("#### 1,234.", "1234"),
+        ("#### -3.5\n", "-3.5"),
+        ("#### 5\n\nNext: #### 7", "5"),
+        ("The answer is 24.", None),
+        ("####", None),
+        ("#### none", None),
+    ],
+)
+def test_only_a_marked_number_counts(answer, number):
+    assert final_number(answer) == number

@@ -38,6 +38,17 @@ def test_headline_names_do_not_depend_on_the_variant():
     assert names.keys() == other.keys()
 
 
+def test_a_score_is_shown_where_it_was_asked_for_and_nowhere_else():
+    scored = [replace(row, score=0.125) for row in ROWS]
+    assert "score" in [name for name, _ in report.columns(scored)]
+    assert dict(report.columns(scored))["score"](scored[0]) == "12.5 %"
+    assert any("strict match" in line for line in report.notes(scored))
+    assert headline(scored)["large_score"] == headline(scored)["base_score"] == 0.125
+    assert "score" not in [name for name, _ in report.columns(ROWS)]
+    assert not any("score" in line for line in report.notes(ROWS))
+    assert not any("score" in name for name in headline(ROWS))
+
+
 def test_page_holds_everything_and_loads_nothing(tmp_path):
     curve = [{"step": i, "loss": 3 - i / 10, "tokens_per_second": 300.0} for i in range(1, 9)]
     curve.append({"step": 8, "held_out_loss": 2.5})

@@ -8,9 +8,9 @@ from loram.train import TrainConfig
 from pipelines.assets import home
 from pipelines.lock import try_lock
 from tune.plan import Plan
+from tune.rungs import rungs, stopped
 from tune.space import Range, replaced, space
 from tune.sweep import main
-from tune.trial import rungs, stopped
 
 
 def test_a_range_is_searched_and_a_list_of_ratios_makes_groups():

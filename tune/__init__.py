@@ -1,1 +1,1 @@
-"""Sweeps and studies: many recipes, run through the same store. Empty so far."""
+"""Sweeps and studies: many recipes, run through the same store."""

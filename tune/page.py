@@ -1,6 +1,5 @@
 """What a sweep leaves: its table, its pictures, and one self-contained page."""
 
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from matplotlib import pyplot as plt
 from rich.table import Table
 
 from pipelines.recipe import flat
-from pipelines.report import STYLE, html_table, image
+from pipelines.report import html_table, paragraphs, save, write_page
 from tune.follow import shown
 from tune.plan import Plan
 from tune.search import Outcome
@@ -70,22 +69,8 @@ def write(out: Path, plan: Plan, outcomes: list[Outcome], versions: dict[str, st
     }
     if any(o.curve for o in outcomes):
         pictures["curves"] = _draw_curves(outcomes)
-    images = ""
-    for name, figure in pictures.items():
-        figure.savefig(out / f"{name}.svg")
-        figure.savefig(out / f"{name}.png", dpi=150)
-        images += image(figure)
-        plt.close(figure)
-    (out / "report.html").write_text(
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<title>LoRAM sweep {plan.key}</title><style>{STYLE}</style>"
-        f"<h1>LoRAM sweep {plan.key}</h1>"
-        + html_table(*_rows(plan, outcomes))
-        + f"<p>{html.escape(NOTE)}</p>{images}<h2>Recipe</h2>"
-        + html_table(["key", "value"], [[k, str(v)] for k, v in flat(plan.space.recipe).items()])
-        + "<h2>Versions</h2>"
-        + html_table(["library", "version"], [[k, v] for k, v in versions.items()])
-    )
+    body = html_table(*_rows(plan, outcomes)) + paragraphs([NOTE]) + save(out, pictures)
+    write_page(out, f"LoRAM sweep {plan.key}", body, flat(plan.space.recipe), versions)
 
 
 def _rows(plan: Plan, outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:

@@ -25,8 +25,9 @@ from pipelines.place import Place
 from pipelines.recipe import Recipe
 from pipelines.step import Source
 from tune.notes import Notes
+from tune.rungs import FACTOR, rungs, stopped
 from tune.space import Range, Space, Value, replaced
-from tune.trial import FACTOR, rungs, stopped, trial
+from tune.trial import trial
 
 TRIAL_BYTES = 300e6  # that the process of a trial takes; its training is another
 KILLS = 2  # restarts of a trial whose process was killed

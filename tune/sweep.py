@@ -9,7 +9,6 @@ since the losses of unlike models do not compare. The same command goes on where
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import os
 import sys
 from collections.abc import Iterator
@@ -27,23 +26,22 @@ from loram.plan import size  # noqa: E402
 from pipelines import results  # noqa: E402
 from pipelines.assets import home  # noqa: E402
 from pipelines.check import check, check_settings  # noqa: E402
-from pipelines.console import Console  # noqa: E402
-from pipelines.execute import CURVE, Event, execute  # noqa: E402
+from pipelines.execute import CURVE, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.launch import ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.lock import try_lock  # noqa: E402
-from pipelines.recipe import Recipe, flat, write_recipe  # noqa: E402
+from pipelines.recipe import Recipe  # noqa: E402
+from pipelines.session import session  # noqa: E402
 from pipelines.step import Source, Step  # noqa: E402
 from pipelines.store import Store  # noqa: E402
-from pipelines.tracking import Tracking, local, viewer  # noqa: E402
 from tune import page  # noqa: E402
 from tune.follow import Follow, shown  # noqa: E402
 from tune.notes import Notes  # noqa: E402
 from tune.plan import Plan  # noqa: E402
+from tune.rungs import sft_of  # noqa: E402
 from tune.search import Outcome, capacity, most, search  # noqa: E402
 from tune.space import Space, replaced, space  # noqa: E402
-from tune.trial import sft_of  # noqa: E402
 
 
 def main(words: list[str] | None = None) -> int:
@@ -87,33 +85,14 @@ def run(plan: Plan) -> int:
     if try_lock(mine / "lock") is None:
         refuse("sweep", f"{plan.key}, which another process runs", "one process at a time")
     model, sources = locate(recipe, store.root / "digests")
-    now = datetime.datetime.now(datetime.UTC)
-    name = f"sweep-{recipe.name}-{now:%Y%m%dT%H%M%S}-{os.getpid()}"
-    uri = recipe.tracking or local(home() / "mlflow")
-    tracker = Tracking(
-        uri,
-        home() / "mlflow",
-        params=flat(recipe),
-        tags={
-            "recipe": recipe.name,
-            "sweep": plan.key,
-            "stage": "sweep",
-            "variant": ", ".join(sorted({each.prune.method for each in plan.space.recipes()})),
-        },
-        name=name,
-        experiment=recipe.experiment,
-    )
+    methods = sorted({each.prune.method for each in plan.space.recipes()})
+    tags = {"sweep": plan.key, "stage": "sweep", "variant": ", ".join(methods)}
 
     def key(trained: Recipe) -> str:
         return sft_of(build(trained, model, sources)).key
 
-    with Console() as console, tracker as tracking, _kept(store):
-        say = console.terminal.print
-
-        def on(event: Event) -> None:
-            console.on(event)
-            tracking.on(event)
-
+    with session(recipe, store, f"sweep-{recipe.name}", tags) as here, _kept(store):
+        say, on, tracking = here.say, here.on, here.tracking
         say(f"LoRAM sweep {plan.key}: store {store.root}")
         start_ray()
         concurrent = capacity(recipe.place, plan.concurrent, most())
@@ -154,16 +133,14 @@ def run(plan: Plan) -> int:
                     outcome = dataclasses.replace(outcome, scores=scores, curve=curve)
                 follow.finish(outcome)
                 outcomes.append(outcome)
-        out = store.root / "reports" / name
-        out.mkdir(parents=True)
-        write_recipe(recipe, out / "recipe.json")
+        out = here.report()
         page.write(out, plan, outcomes, store.record(shared[-1].slug)["libraries"])
         tracking.artifact(out, "report")
         best = page.best_of(outcomes, plan.metric)
         if best:
             tracking.scores(best.scores)
         say(page.table(plan, outcomes))
-        say(f"report  {out / 'report.html'}\nMLflow  {viewer(uri)}", soft_wrap=True)
+        say(f"report  {out / 'report.html'}\nMLflow  {here.viewer}", soft_wrap=True)
         if best is None:
             say("no trial ended well; the table says why")
             return 1

@@ -1,0 +1,68 @@
+"""Training rung by rung: what it would be worth to stop at a step, without training up to it twice.
+
+A rung is a recipe of its own with `sft.stop`, so what was stopped is an ordinary result of an
+ordinary recipe. The next rung, and the whole training, go on from its checkpoint, which gives the
+same bytes as training in one go.
+"""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from loram.train import TrainConfig
+from pipelines.fit import STATE
+from pipelines.graph import Graph
+from pipelines.launch import ray_launch
+from pipelines.recipe import Recipe
+from pipelines.step import Metrics, Step
+
+FACTOR = 2  # of the trials at a rung, one in so many goes on
+
+
+def rungs(config: TrainConfig) -> list[int]:
+    """The steps at which a trial may be stopped: from a quarter of the training, then doubling.
+
+    A rung is at an evaluation. Empty if the training is too short to have one.
+    """
+    every = config.eval_every
+    first = every * math.ceil(config.steps / 4 / every)
+    found = []
+    while first < config.steps:
+        found.append(first)
+        first *= FACTOR
+    return found
+
+
+def stopped(recipe: Recipe, step: int) -> Recipe:
+    """The recipe of a training that ends after `step` steps of SFT."""
+    stop = None if step >= recipe.sft.steps else step
+    return dataclasses.replace(recipe, sft=dataclasses.replace(recipe.sft, stop=stop))
+
+
+def sft_of(graph: Graph) -> Step:
+    """The training of the adapter that a graph is about."""
+    step = graph.variants[-1].sft
+    assert step is not None
+    return step
+
+
+def going_on(
+    earlier: Mapping[str, Path],
+    step: Step,
+    inputs: dict[str, Any],
+    out: Path,
+    work: Path,
+    place: Any,
+) -> "Future[Metrics]":
+    """Start the step; a training that has no checkpoint yet, from that of the rung before.
+
+    Args:
+        earlier: the entry of the rung before, by the key of the training that goes on from it.
+    """
+    if step.key in earlier and not (work / "run").exists():
+        shutil.copytree(earlier[step.key] / STATE, work, dirs_exist_ok=True)
+    return ray_launch(step, inputs, out, work, place)

@@ -1,0 +1,149 @@
+"""A study: `python tune/study.py STUDY [RECIPE] [key=value ...] [--methods ...] [--seeds ...]`.
+
+One of the paper's comparisons, for any recipe and any pruning: `steps`, perplexity over the steps
+of SFT; `recovery`, with and without recovery and alignment; `ratio`, perplexity and score over the
+pruning ratio; `cost`, tokens, seconds and memory. Also as a Ray job: `ray job submit
+--working-dir . -- python tune/study.py ...`. What its trainings share is made once, what an
+earlier study or run made is used, and the same command goes on where it was killed.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
+
+from pipelines.full import command  # noqa: E402, I001  first: it quietens the libraries
+
+from loram.errors import UserError  # noqa: E402
+from loram.plan import size  # noqa: E402
+from loram.prune import METHODS  # noqa: E402
+from pipelines.assets import home  # noqa: E402
+from pipelines.check import check  # noqa: E402
+from pipelines.execute import Event, StepFailed, execute  # noqa: E402
+from pipelines.launch import start_ray  # noqa: E402
+from pipelines.locate import locate  # noqa: E402
+from pipelines.recipe import Recipe, flat  # noqa: E402
+from pipelines.session import Session, session  # noqa: E402
+from pipelines.step import Step  # noqa: E402
+from pipelines.store import Store  # noqa: E402
+from tune import study_page, trainings  # noqa: E402
+from tune.arms import RATIOS, STUDIES, Study, ask  # noqa: E402
+from tune.points import Seen  # noqa: E402
+from tune.rungs import going_on  # noqa: E402
+from tune.trainings import Training, evaluations, named, owners  # noqa: E402
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(description="The paper's comparisons, one command each.")
+    parser.add_argument("study", help=", ".join(STUDIES))
+    parser.add_argument("recipe", nargs="?", default="small", help="a name, or a recipe.json")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="such as nf4=false")
+    parser.add_argument("--methods", nargs="*", default=METHODS, help=" ".join(METHODS))
+    parser.add_argument("--seeds", nargs="*", default=["0"], help="of pruning and training (0)")
+    parser.add_argument("--rates", nargs="*", help="tried for each method's own best sft.lr")
+    default = " ".join(map(str, RATIOS))
+    parser.add_argument("--ratios", nargs="*", help=f"of the study ratio ({default})")
+    given = parser.parse_intermixed_args(words)
+    if "=" in given.recipe:
+        given.recipe, given.changes = "small", [given.recipe, *given.changes]
+
+    def go() -> int:
+        lists = {name: getattr(given, name) for name in ("methods", "seeds", "rates", "ratios")}
+        return run(ask(given.study, given.recipe, given.changes, **lists))
+
+    return command(go)
+
+
+def run(study: Study) -> int:
+    """Check, train, evaluate, report."""
+    recipe = study.recipe
+    store = Store(Path(recipe.store or home() / "store").absolute())
+    for arm in study.arms:
+        full = size(check(arm.recipe, store.root))
+    planned = trainings.plan(study, *locate(recipe, store.root / "digests"))
+    methods = sorted({arm.recipe.prune.method for arm in study.arms if not arm.full})
+    tags = {"study": study.name, "variant": ",".join(methods), "stage": "study"}
+    with session(recipe, store, f"study-{study.name}-{recipe.name}", tags) as here:
+        here.say(f"LoRAM study {study.name}: store {store.root}")
+        start_ray()
+        lost = _train(study, planned, here)
+        best = trainings.own_best(study, planned, lost, store)
+        chosen = [t for t in planned if t.lr in (recipe.sft.lr, best[t.arm])]
+        _execute(evaluations(study, chosen), {}, {}, owners(study, chosen), here)
+        points = trainings.observed(study, chosen, best, store, full)
+        costs = trainings.spent(study, planned, lost, store)
+        seen = Seen(study, points, costs, {arm.title: lr for arm, lr in best.items()}, lost)
+        out = here.report()
+        versions = store.record(planned[0].sft.slug)["libraries"]
+        study_page.write(out, seen, flat(recipe), versions)
+        here.tracking.scores(study_page.scores(seen))
+        here.tracking.artifact(out, "report")
+        here.say(study_page.table(seen))
+        here.say(f"report  {out / 'report.html'}\nMLflow  {here.viewer}", soft_wrap=True)
+    return 0
+
+
+def _train(study: Study, planned: list[Training], here: Session) -> dict[str, str]:
+    """Train rung by rung, and evaluate what was trained at the shared rate.
+
+    Returns: why, of each training at another rate that failed: its rate is not chosen then.
+    """
+    lost: dict[str, str] = {}
+    earlier: dict[str, Path] = {}
+    known = owners(study, planned)
+    for stop, following in zip(study.stops, [*study.stops[1:], None], strict=True):
+        now = [t for t in planned if t.stop == stop and named(t) not in lost]
+        shared = [t for t in now if t.lr == study.recipe.sft.lr]
+        optional = {t.sft.key: named(t) for t in now if t not in shared}
+        targets = [t.sft for t in now] + evaluations(study, shared)
+        lost |= _execute(targets, optional, earlier, known, here)
+        entries = {(t.arm, t.seed, t.lr): here.store.entry(t.sft.slug) for t in now}
+        earlier = {
+            t.sft.key: entries[t.arm, t.seed, t.lr]
+            for t in planned
+            if t.stop == following and named(t) not in lost
+        }
+    return lost
+
+
+def _execute(
+    targets: list[Step],
+    optional: Mapping[str, str],
+    earlier: Mapping[str, Path],
+    known: Mapping[str, tuple[Recipe, str]],
+    here: Session,
+) -> dict[str, str]:
+    """Make the targets side by side; without those `optional` ones, by key, that fail.
+
+    Returns: why, by the names of these.
+    """
+    lost: dict[str, str] = {}
+    gone: set[str] = set()
+
+    def on(event: Event) -> None:
+        if event.kind == "failed" and event.step.key in optional:
+            lost[optional[event.step.key]] = event.text
+            gone.add(event.step.key)
+        recipe, variant = known[event.step.key]
+        here.on(event, flat(recipe), {"variant": variant})
+
+    place = here.recipe.place
+    # Each training that waits for its CPUs holds processes: one waits, so that none are idle.
+    at_once = place.room and place.room + 1
+    while True:
+        before = len(gone)
+        kept = [step for step in targets if step.key not in gone]
+        try:
+            execute(kept, here.store, partial(going_on, earlier), place, on, at_once)
+            return lost
+        except (UserError, StepFailed):
+            if len(gone) == before:
+                raise
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
