@@ -114,6 +114,7 @@ def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
         axes.axhline(base, ls="--", color="black", lw=1, label="base, not fine-tuned")
     if isinstance(plan.space.searched[key], Range):
         axes.set_xscale("log")
+        axes.tick_params("x", which="minor", labelsize=7, rotation=30)  # many, in a narrow range
     axes.set_xlabel("learning rate of SFT (sft.lr)" if key == "sft.lr" else key)
     axes.set_ylabel(UNITS[plan.metric])
     axes.set_title("one seed a trial", fontsize=9, loc="right")
