@@ -134,6 +134,7 @@ def _draw_curves(outcomes: list[Outcome]) -> plt.Figure:
         label = shown(o.values)
         axes.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}", label=label, ms=4)
     axes.set_xlabel("optimiser step of SFT")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("held-out loss of the small model\n(nats per trained token)")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
