@@ -109,6 +109,7 @@ def browser(uri, tmp_path) -> Iterator[Browser]:
         "headless=new",
         "no-sandbox",  # root has none
         "disable-dev-shm-usage",
+        "disable-features=IsolateSandboxedIframes",  # or the log lacks what a report says
         "window-size=1600,1200",
         f"user-data-dir={tmp_path / 'profile'}",
         "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
