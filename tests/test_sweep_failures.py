@@ -22,8 +22,8 @@ from tests.test_jobs import RAY, free_ports
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = ["test", "align.steps=0", "nf4=false", "prune.ratio=0.5", "sft.eval_every=4"]
-# An adapter that no machine has memory for, and a rate at which weights overflow.
-FAILING = ["adapter.r=4,4000000000000", "sft.lr=1e-3,1e30", "--trials", "4"]
+# The second is an adapter that no machine has memory for.
+FAILING = ["adapter.r=4,4000000000000", "--trials", "2"]
 
 
 @dataclass
@@ -109,27 +109,23 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def failed(cluster) -> list[dict[str, Any]]:
-    """The trials of a sweep of which three fail; of the good one worker and trial are killed."""
+    """The trials of a sweep of which one fails; of the other the training's worker is killed."""
     sweep = cluster.start(*FAILING)
-    for title in ("ray::RayTrainWorker", "ray::ImplicitFunc"):
-        os.kill(until(lambda title=title: cluster.process(title)), signal.SIGKILL)
-    assert sweep.wait(400) == 0, cluster.log()
+    os.kill(until(lambda: cluster.process("ray::RayTrainWorker")), signal.SIGKILL)
+    assert sweep.wait(500) == 0, cluster.log()
     (file,) = (cluster.root / "store" / "reports").glob("*/trials.json")
     return list(json.loads(file.read_text()))
 
 
 def test_what_fails_has_a_reason_and_the_killed_trial_its_numbers(failed):
-    by = {(trial["adapter.r"], trial["sft.lr"]): trial for trial in failed}
-    assert len(by) == len(failed) == 4
-    assert by[4, 1e-3]["error"] == "" and by[4, 1e-3]["large_loss"] > 0
-    assert "not finite" in by[4, 1e30]["error"]
-    for lr in (1e-3, 1e30):
-        assert "memory" in by[4_000_000_000_000, lr]["error"]
+    good, bad = sorted(failed, key=lambda trial: trial["adapter.r"])
+    assert good["error"] == "" and good["large_loss"] > 0
+    assert "memory" in bad["error"] and "large_loss" not in bad
 
 
 def test_mlflow_has_them_all_with_their_tags(failed, cluster):
     runs = [run for run in cluster.runs() if run.data.tags["stage"] == "trial"]
-    assert sorted(run.info.status for run in runs) == ["FAILED"] * 3 + ["FINISHED"]
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED"]
     for run in runs:
         assert (run.info.status == "FAILED") == ("error" in run.data.tags)
         assert {"sweep", "variant", "key"} <= run.data.tags.keys()
