@@ -117,7 +117,7 @@ def execute(
             if not flaw:
                 return adopt(step, lock)
             lock.release()
-            if flaw != "missing":
+            if flaw != "missing" and step.key not in waiting:
                 on_event(Event("damaged", step, store.entry(step.slug), text=flaw))
         absent.add(step.key)
         needed.update(_inputs(step))
@@ -129,6 +129,7 @@ def execute(
             if step.key not in waiting:
                 waiting.add(step.key)
                 on_event(Event("waiting", step, store.entry(step.slug)))
+            absent.discard(step.key)  # look again: who made it holds it, shared, to its own end
             return False
         if not store.flaw(step.slug, step.key):  # the other run was faster
             lock.share()

@@ -71,6 +71,21 @@ def test_two_processes_run_each_step_once(tmp_path: Path, store: Store) -> None:
     assert any(word.startswith("waiting") for word in words)
 
 
+def test_what_another_run_finished_is_used_before_that_run_ends(
+    tmp_path: Path, store: Store
+) -> None:
+    """Two runs that each make what the other needs would wait for one another for ever."""
+    first, second = pair(seconds=1.0)
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(go, store, second, tmp_path / "tally")
+        while not list((store.root / "work").glob("first-*")):
+            time.sleep(0.01)
+        events = pool.submit(go, store, first, tmp_path / "tally").result()
+        assert [event.kind for event in events] == ["waiting", "cached"]
+        assert not other.done()
+    assert (tmp_path / "tally").read_text().split() == ["first", "second"]
+
+
 @pytest.mark.parametrize("damage", ["changed", "shorter", "gone", "added", "record", "other"])
 def test_damaged_entry_is_noticed_and_made_again(damage: str, tmp_path: Path, store: Store) -> None:
     step = pair()[0]
