@@ -116,3 +116,20 @@ def test_rand_without_alignment_in_16_bits(user):
     log = user("test", "prune.method=rand", "align.steps=0", "nf4=false", 'compare=["qlora"]')
     assert "LoRAM-Rand, large" in log and "│ QLoRA " in log and "no LoRA on the full" in log
     assert not {"align", "quantise", "sft_lora"} & made(log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("nf4", ["false", "true"])
+@pytest.mark.parametrize("method", ["semi", "unst"])
+def test_single_weights_to_the_final_table(method, nf4, user):
+    """Aligned, packed, trained, recovered; what 4-bit survivors held is less than a quarter."""
+    log = user("test", f"prune.method={method}", f"nf4={nf4}")
+    assert {"pack", "sft", "recover", "evaluate_large"} <= made(log)
+    report = Path(re.search(r"report +(\S+)", log).group(1))
+    table = {row["label"]: row for row in json.loads((report.parent / "table.json").read_text())}
+    ours = ("QLoRAM-" if nf4 == "true" else "LoRAM-") + method.capitalize()
+    small, large = table[f"{ours}, small"], table[f"{ours}, large"]
+    assert small["parameters"] == large["parameters"] < table["LoRA"]["parameters"]
+    assert large["loss"] != table["base"]["loss"] != small["loss"]
+    assert f"│ {ours}, large " in log
