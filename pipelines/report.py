@@ -103,7 +103,8 @@ def write(
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+table { font-size: 13px }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100%; display: block }
 """

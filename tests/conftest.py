@@ -8,6 +8,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipelines.assets import home
+from tests.sweeps import killed_and_finished
 
 CONFIGS = {
     "llama": LlamaConfig,
@@ -53,6 +54,12 @@ def tiny_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
 def smollm2() -> Path:
     """SmolLM2-135M as `make assets` prepared it."""
     return home() / "assets" / "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory) -> tuple[Path, dict[str, str], str]:
+    """A finished sweep, for all tests that look at one; see `killed_and_finished`."""
+    return killed_and_finished(tmp_path_factory.mktemp("sweep"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,63 +1,15 @@
 """A sweep on real Ray Tune and MLflow: killed, gone on with, and its best trial repeated."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.assets import home
+from tests.sweeps import records, start
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-SETTINGS = ["test", "align.steps=0", "nf4=false"]
-SWEEP = ["tune/sweep.py", *SETTINGS, "sft.lr=1e-4..1e-2", "prune.ratio=0.25,0.5", "--trials", "2"]
-
-
-def start(words: list[str], root: Path, log: Path) -> subprocess.Popen:
-    root.mkdir(exist_ok=True)
-    if not (root / "assets").exists():
-        (root / "assets").symlink_to(home() / "assets")
-    return subprocess.Popen(
-        [sys.executable, ROOT / words[0], *words[1:]],
-        env=os.environ | {"LORAM_HOME": str(root)},
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def records(root: Path) -> dict[str, str]:
-    """When each finished step was started, by its entry's name."""
-    found = (root / "store").glob("*/record.json")
-    return {file.parent.name: json.loads(file.read_text())["started"] for file in found}
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    """The home and the output of a sweep whose driver was killed in its second search."""
-    root = tmp_path_factory.mktemp("sweep")
-    killed = start(SWEEP, root, root / "first.log")
-    deadline = time.monotonic() + 500
-    while Counter(slug.split("-")[0] for slug in records(root))["evaluate_large"] < 2:
-        assert killed.poll() is None and time.monotonic() < deadline, (
-            root / "first.log"
-        ).read_text()
-        time.sleep(0.5)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    before = records(root)
-    again = start(SWEEP, root, root / "second.log")
-    text = root / "second.log"
-    assert again.wait(600) == 0, text.read_text()
-    return root, before, text.read_text()
 
 
 def test_no_finished_step_runs_again_and_what_is_shared_runs_once(swept):

@@ -71,12 +71,13 @@ def driver(uri: str, root: Path, last: Path) -> Iterator[subprocess.Popen[bytes]
 
 
 @contextmanager
-def server(folder: Path, port: int) -> Iterator[str]:
+def server(folder: Path, port: int, database: str = "server.db") -> Iterator[str]:
     """A real server; at the end of the block it is killed with all its workers."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        + ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
+        + ["--backend-store-uri", f"sqlite:///{folder}/{database}", "--workers", "1"]
         + ["--artifacts-destination", str(folder / "served")],
+        env=os.environ | {"DO_NOT_TRACK": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -114,6 +114,7 @@ def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
         axes.axhline(base, ls="--", color="black", lw=1, label="base, not fine-tuned")
     if isinstance(plan.space.searched[key], Range):
         axes.set_xscale("log")
+        axes.tick_params("x", which="minor", labelsize=7, rotation=30)  # many, in a narrow range
     axes.set_xlabel("learning rate of SFT (sft.lr)" if key == "sft.lr" else key)
     axes.set_ylabel(UNITS[plan.metric])
     axes.set_title("one seed a trial", fontsize=9, loc="right")
@@ -133,6 +134,7 @@ def _draw_curves(outcomes: list[Outcome]) -> plt.Figure:
         label = shown(o.values)
         axes.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}", label=label, ms=4)
     axes.set_xlabel("optimiser step of SFT")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("held-out loss of the small model\n(nats per trained token)")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
