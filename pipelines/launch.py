@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,27 @@ def start_ray() -> None:
 
     The embedded Ray ends with this process, a killed one included. Its tasks can import loram and
     pipelines whether or not these are installed and wherever the program was started.
+
+    What Ray Train runs to give back the CPUs of a training that was killed asks Ray's dashboard,
+    and has to be told which Ray, for a machine may run several.
     """
     os.environ |= ENV
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": ENV})
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet, runtime_env={"env_vars": ENV | {"RAY_ADDRESS": address}})
         return
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    told = {"PYTHONPATH": path, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
     ray.init(
         address="local",
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": ENV | {"PYTHONPATH": path}},
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        runtime_env={"env_vars": ENV | told},
+        **quiet,
     )
 
 

@@ -22,8 +22,8 @@ from tests.test_jobs import RAY, free_ports
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = ["test", "align.steps=0", "nf4=false", "prune.ratio=0.5", "sft.eval_every=4"]
-# An adapter that no machine has memory for, and a rate at which weights overflow.
-FAILING = ["adapter.r=4,4000000000000", "sft.lr=1e-3,1e30", "--trials", "4"]
+# The second is an adapter that no machine has memory for.
+FAILING = ["adapter.r=4,4000000000000", "--trials", "2"]
 
 
 @dataclass
@@ -53,6 +53,11 @@ class Cluster:
             except OSError:
                 continue
         return None
+
+    def trains(self) -> bool:
+        """A training did a step just now: Ray knows all that it has to give back."""
+        curves = (self.root / "store" / "work").glob("sft-*/metrics.jsonl")
+        return any(time.time() - curve.stat().st_mtime < 3 for curve in curves)
 
     def runs(self) -> list[Any]:
         client = MlflowClient(f"sqlite:///{self.root}/mlflow/mlflow.db")
@@ -109,27 +114,23 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def failed(cluster) -> list[dict[str, Any]]:
-    """The trials of a sweep of which three fail; of the good one worker and trial are killed."""
+    """The trials of a sweep of which one fails; of the other the training's worker is killed."""
     sweep = cluster.start(*FAILING)
-    for title in ("ray::RayTrainWorker", "ray::ImplicitFunc"):
-        os.kill(until(lambda title=title: cluster.process(title)), signal.SIGKILL)
-    assert sweep.wait(400) == 0, cluster.log()
+    os.kill(until(lambda: cluster.process("ray::RayTrainWorker")), signal.SIGKILL)
+    assert sweep.wait(500) == 0, cluster.log()
     (file,) = (cluster.root / "store" / "reports").glob("*/trials.json")
     return list(json.loads(file.read_text()))
 
 
 def test_what_fails_has_a_reason_and_the_killed_trial_its_numbers(failed):
-    by = {(trial["adapter.r"], trial["sft.lr"]): trial for trial in failed}
-    assert len(by) == len(failed) == 4
-    assert by[4, 1e-3]["error"] == "" and by[4, 1e-3]["large_loss"] > 0
-    assert "not finite" in by[4, 1e30]["error"]
-    for lr in (1e-3, 1e30):
-        assert "memory" in by[4_000_000_000_000, lr]["error"]
+    good, bad = sorted(failed, key=lambda trial: trial["adapter.r"])
+    assert good["error"] == "" and good["large_loss"] > 0
+    assert "memory" in bad["error"] and "large_loss" not in bad
 
 
 def test_mlflow_has_them_all_with_their_tags(failed, cluster):
     runs = [run for run in cluster.runs() if run.data.tags["stage"] == "trial"]
-    assert sorted(run.info.status for run in runs) == ["FAILED"] * 3 + ["FINISHED"]
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED"]
     for run in runs:
         assert (run.info.status == "FAILED") == ("error" in run.data.tags)
         assert {"sweep", "variant", "key"} <= run.data.tags.keys()
@@ -145,7 +146,7 @@ def test_mlflow_has_them_all_with_their_tags(failed, cluster):
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_after_a_killed_driver_the_cluster_is_free(failed, cluster, sign, status):
     sweep = cluster.start(f"sft.lr={2 + sign}e-4,{3 + sign}e-4")
-    until(lambda: cluster.process("ray::RayTrainWorker"))
+    until(cluster.trains)
     sweep.send_signal(sign)
     assert sweep.wait(60) == status, cluster.log()
     assert "Traceback" not in cluster.log()
@@ -155,7 +156,7 @@ def test_after_a_killed_driver_the_cluster_is_free(failed, cluster, sign, status
 def test_a_store_that_disappears_ends_the_sweep_in_one_line(failed, cluster):
     store, away = cluster.root / "store", cluster.root / "away"
     sweep = cluster.start("sft.lr=5e-4,6e-4")
-    until(lambda: cluster.process("ray::RayTrainWorker"))
+    until(cluster.trains)
     store.rename(away)
     try:
         assert sweep.wait(200) == 2, cluster.log()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from pipelines.recipe import flat
@@ -134,7 +135,7 @@ def _draw_curves(outcomes: list[Outcome]) -> plt.Figure:
         label = shown(o.values)
         axes.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}", label=label, ms=4)
     axes.set_xlabel("optimiser step of SFT")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("held-out loss of the small model\n(nats per trained token)")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
