@@ -98,9 +98,8 @@ def fit(
     _drop_torn_snapshot(work / RUN)
     resources = {"CPU": place.cpus_per_worker, "GPU": place.gpus_per_worker}
     trainer = ray.train.torch.TorchTrainer(
-        partial(
-            worker.work, job
-        ),  # not `train_loop_config`: Ray's controller would import all this too
+        # Not `train_loop_config`: Ray's controller would import all this, too.
+        partial(worker.work, job),
         scaling_config=ray.train.ScalingConfig(
             num_workers=place.workers,
             use_gpu=place.gpus_per_worker > 0,

@@ -1,6 +1,6 @@
 """A sweep of 2 ratios x 4 learning rates on SmolLM2-135M: what ran, and what sharing saved.
 
-    python -m tests.benchmarks.sweep [--home DIR]
+    python -m tests.benchmarks.sweep
 
 The sweep has a home of its own, in which nothing is finished yet. Seconds are those that the steps'
 records say. `startup_s`: of all trainings, rungs too, until their first step. `trials_alone_s` is
@@ -33,19 +33,18 @@ SHORT = [
     "sft.eval_every=4",
     "align.steps=8",
     "align.eval_every=8",
+    "evaluate.rows=40",
+    "instruct.held_out=16",
+    "corpus.held_out=4",
 ]
-SHORT += ["evaluate.rows=40", "instruct.held_out=16", "corpus.held_out=4"]
 SWEPT = ["sft.lr=1e-5..1e-3", "prune.ratio=0.65,0.85", "--trials", "4"]
 
 
 def main() -> None:
     """Sweep, then read the records."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path)
-    options = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
-        where = options.home or Path(name)
-        where.mkdir(exist_ok=True)
+        where = Path(name)
         (where / "assets").symlink_to(home() / "assets")
         began = time.perf_counter()
         command = [sys.executable, ROOT / "tune" / "sweep.py", "small", *SHORT, *SWEPT]
