@@ -32,10 +32,12 @@ class Cluster:
 
     root: Path
     env: dict[str, str]
+    began: float = 0.0
 
     def start(self, *words: str) -> subprocess.Popen:
         """A sweep; what it prints goes to `log`."""
         command = [sys.executable, ROOT / "tune" / "sweep.py", *SETTINGS, *words]
+        self.began = time.time()
         with (self.root / "log").open("w") as log:
             return subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
 
@@ -55,9 +57,10 @@ class Cluster:
         return None
 
     def trains(self) -> bool:
-        """A training did a step just now: Ray knows all that it has to give back."""
+        """A training of the last sweep did a step just now: Ray knows all that it will get back."""
+        since = max(self.began, time.time() - 3)
         curves = (self.root / "store" / "work").glob("sft-*/metrics.jsonl")
-        return any(time.time() - curve.stat().st_mtime < 3 for curve in curves)
+        return any(curve.stat().st_mtime > since for curve in curves)
 
     def runs(self) -> list[Any]:
         client = MlflowClient(f"sqlite:///{self.root}/mlflow/mlflow.db")

@@ -30,6 +30,7 @@ from pipelines.recipes import resolve
 from pipelines.step import order
 from pipelines.store import Store
 from tests.benchmarks import keep, there
+from tune.trainings import seeded
 
 OFF, ALIGN = ["align.steps=0"], ["align.steps=20"]
 
@@ -100,8 +101,8 @@ def run(cell: dict) -> None:
     changes = [f"prune.method={cell['method']}", f"correct={json.dumps(cell['correct'])}"]
     changes += [f"prune.ratio={cell['ratio']}"] if cell["ratio"] else []
     changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
-    changes += [f"{part}.seed={cell['seed']}" for part in ("prune", "align", "sft")]
     recipe = resolve("small", [*changes, *WAYS[cell["way"]], "place.cpus_per_worker=1"])
+    recipe = seeded(recipe, cell["seed"], recipe.sft.lr)  # as a study, which uses what this made
     store = Store(home() / "store")
     graph = build(recipe, *locate(recipe, store.root / "digests"))
     base, lora, *others = graph.variants
