@@ -13,12 +13,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-# Progress bars and logs of libraries would bury ours; set before they are imported.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
+
+from huggingface_hub.utils import disable_progress_bars  # noqa: E402
 
 from loram.errors import UserError  # noqa: E402
 from loram.plan import size  # noqa: E402
@@ -57,6 +55,8 @@ def main(words: list[str] | None = None) -> int:
 
 def command(go: Callable[[], int]) -> int:
     """Run a command quietly; a failure becomes one line and an exit status."""
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1"} | os.environ
+    disable_progress_bars()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:

@@ -12,11 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# A server that does not answer must not hold up what waits behind it.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -27,6 +22,12 @@ from pipelines.journal import Journal, redact, say
 from pipelines.lock import try_lock
 
 PIPELINE = ""  # beside the keys of steps
+# A server that does not answer must not hold up what waits behind it.
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 USELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # to send again
 
 
@@ -46,6 +47,7 @@ class Runs:
     """A journal's messages made into calls, and how far that has got."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
+        os.environ |= SETTINGS | os.environ
         self.journal, self.uri = journal, uri
         with self._alone():
             self.client = MlflowClient(tracking_uri=uri)  # creates a SQLite store's tables
