@@ -7,7 +7,8 @@ recover, merge), `loram.data` and `loram.packing` (rows), `loram.train`, `loram.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loram.model import load, load_tokenizer, read_config, register, save
+    from loram.data import load_tokenizer
+    from loram.model import load, read_config, register, save
 
 __all__ = ["load", "load_tokenizer", "read_config", "register", "save"]
 
@@ -15,7 +16,7 @@ __all__ = ["load", "load_tokenizer", "read_config", "register", "save"]
 def __getattr__(name: str) -> Any:
     # On demand: a process that only reads rows or sends metrics would load torch and more for it.
     if name in __all__:
-        from loram import model
+        from loram import data, model
 
-        return getattr(model, name)
+        return getattr(data if name == "load_tokenizer" else model, name)
     raise AttributeError(f"module 'loram' has no attribute {name!r}")

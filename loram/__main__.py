@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from loram.adapter import merge, open_adapted, recover
+from loram.data import load_tokenizer
 from loram.errors import UserError, refuse
 from loram.evaluate import generate
-from loram.model import load, load_tokenizer
+from loram.model import load
 
 
 def main(words: list[str] | None = None) -> int:

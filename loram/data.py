@@ -1,13 +1,16 @@
 """Text and conversations -> token ids, with a mark on every token that is trained."""
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from loram.errors import refuse
 from loram.formats import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow to import, and readers of rows do too
 
 IGNORED = -100  # the label of a token that is not trained, as in torch and transformers
 
@@ -27,6 +30,16 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 
 
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer; a base model without a chat template gets the project's plain one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return tokenizer
+
+
 class Document(NamedTuple):
     """One text or conversation.
 
@@ -38,7 +51,7 @@ class Document(NamedTuple):
     truncated: bool = False
 
 
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Document:
+def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> Document:
     """Every token trained, BOS first if the tokenizer adds one, EOS last.
 
     Raises:
@@ -54,7 +67,7 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Document:
 
 
 def encode_chat(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, seq_len: int
+    messages: list[Message], tokenizer: "PreTrainedTokenizerBase", seq_len: int
 ) -> Document:
     """The conversation as the model's own chat template writes it.
 
@@ -94,7 +107,7 @@ def encode_chat(
     return Document(np.array(ids[:seq_len], np.int32), trained[:seq_len], truncated)
 
 
-def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The id of the EOS token.
 
     Raises:
@@ -106,7 +119,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase
+    messages: list[Message], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation's text, and where each answer starts and ends in it.
 
@@ -141,7 +154,7 @@ def _render(
     return text, spans
 
 
-def _apply(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+def _apply(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
     try:
         # Llama 3's templates write today's date unless they are given one.
         return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024")
@@ -149,5 +162,5 @@ def _apply(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
         raise ValueError(f"the chat template refuses it: {error}") from None
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]

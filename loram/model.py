@@ -13,14 +13,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from loram.data import DEFAULT_CHAT_TEMPLATE
 from loram.errors import refuse
 from loram.pruned import PREFIX, SUPPORTED, config_class_of, model_class
 
@@ -71,14 +68,6 @@ def local(path: str | Path) -> Path:
 def save(model: PreTrainedModel, directory: Path) -> None:
     """Write `config.json` and sharded safetensors that `load` opens bit-equal."""
     model.save_pretrained(directory, safe_serialization=True)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; a base model without a chat template gets the project's plain one."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-    return tokenizer
 
 
 def nf4_config(dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:

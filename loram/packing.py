@@ -14,14 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from loram.data import IGNORED, Document
+
+if TYPE_CHECKING:
+    import torch
 
 GROUP = 64  # rows in a row group, the least that a random read decodes
 PART = 64 * GROUP  # rows in a file
@@ -206,12 +208,14 @@ def order(rows: int, total: int, seed: int) -> np.ndarray:
 
 def batches(
     packed: Packed, ids: Sequence[int] | np.ndarray, size: int
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> "Iterator[dict[str, torch.Tensor]]":
     """The rows `ids` as batches of `size` (the last may be smaller), read one at a time.
 
     Yields:
         row [b]; input_ids, labels, position_ids [b, seq_len]; all torch.int64.
     """
+    import torch  # a process that only packs rows does without
+
     for start in range(0, len(ids), size):
         batch = packed.fetch(ids[start : start + size])
         yield {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from loram.compensate import DATA, CompensateConfig
+from loram.data import encode_chat, load_tokenizer
 from loram.distil import TRAINED, target_bytes
 from loram.errors import refuse
-from loram.model import check_weights, load_tokenizer, read_config
+from loram.formats import Message
+from loram.model import check_weights, read_config
 from loram.plan import planned_config, size
 from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
@@ -32,7 +34,7 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
     """
     config = check_settings(recipe)
     check_store(store, config, distil_bytes(recipe, config))
-    check_model(recipe.model)
+    tokenizer = check_model(recipe.model)
     for setting, sources, kind in (
         ("corpus.sources", recipe.corpus.sources, Corpus),
         ("instruct.sources", recipe.instruct.sources, Instruct),
@@ -40,7 +42,9 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         ("evaluate.out_of_domain", recipe.evaluate.out_of_domain, Instruct),
     ):
         for spec in sources:
-            peek(spec, setting, chat=kind is Instruct)
+            found = peek(spec, setting, chat=kind is Instruct)
+            if kind is Instruct:
+                check_trainable(found, setting, tokenizer, recipe.sft.seq_len)
     check_hardware(recipe)
     tracking.check(recipe.tracking or tracking.local(home() / "mlflow"))
     return config
@@ -166,15 +170,40 @@ def _check_training(
         )
 
 
-def check_model(model: str) -> None:
-    """The model's weights and tokenizer are there, whole, and openable (local models)."""
+def check_model(model: str) -> PreTrainedTokenizerBase:
+    """The model's weights and tokenizer are there, whole, and openable (local models).
+
+    Returns: the tokenizer.
+    """
     if Path(model).is_dir():
         check_weights(Path(model))
     try:
-        load_tokenizer(model)
+        return load_tokenizer(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         refuse("model", f"{model} without a tokenizer that opens ({reason})", "one with tokenizer")
+
+
+def check_trainable(
+    conversations: list[list[Message]],
+    setting: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+) -> None:
+    """Refuse instructions of which `peek` found none with a trainable token.
+
+    Raises:
+        UserError: as said.
+    """
+    reason = ""
+    for messages in conversations:
+        try:
+            encode_chat(messages, tokenizer, seq_len)
+            return
+        except ValueError as error:
+            reason = str(error)
+    found = f"no trainable token in the first {len(conversations)} rows ({reason})"
+    refuse(setting, found, "answers that begin within seq_len tokens and suit the chat template")
 
 
 def check_hardware(recipe: Recipe) -> None:

@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from loram.data import Document, end_of_text
+from loram.data import Document, end_of_text, load_tokenizer
 from loram.errors import UserError, refuse
-from loram.model import load_tokenizer
 from loram.packing import best_fit, cut, write_packed
 from pipelines.execute import CURVE
 from pipelines.place import Place
+from pipelines.reading import number, read
 from pipelines.sample import (
     Config,
     CorpusConfig,
@@ -41,7 +41,7 @@ from pipelines.sample import (
 from pipelines.sources import File, SourceSpec, choose_files, digest, find_form, list_files
 from pipelines.spool import SCHEMA, read_spool, write_spool
 from pipelines.step import Metrics
-from pipelines.tokenise import number, read, tokenise
+from pipelines.tokenise import tokenise
 
 REJECTS = "rejects.jsonl"
 BLOCK_BYTES = 1 << 22  # of text that one task tokenises

@@ -17,6 +17,8 @@ from pipelines.step import Metrics, Step
 ROOT = Path(__file__).parents[1]
 # Ray's own setting is to start a task for ever that is killed for its memory.
 ENV = {"RAY_task_oom_retries": "1"}
+# No one takes this machine away; a watcher for that is one more process a training.
+EMBEDDED = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def start_ray() -> None:
@@ -43,7 +45,7 @@ def start_ray() -> None:
         address="local",
         include_dashboard=True,
         dashboard_host="127.0.0.1",
-        runtime_env={"env_vars": ENV | told},
+        runtime_env={"env_vars": ENV | EMBEDDED | told},
         **quiet,
     )
 

@@ -6,8 +6,6 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 
 @dataclass(frozen=True)
 class Place:
@@ -31,13 +29,17 @@ class Place:
         if os.environ.get("RAY_ADDRESS"):
             return None
         if self.gpus_per_worker:
-            return max(1, torch.cuda.device_count() // (self.workers * self.gpus_per_worker))
+            from torch.cuda import device_count  # slow to import, and tasks without one use this
+
+            return max(1, device_count() // (self.workers * self.gpus_per_worker))
         return max(1, (os.cpu_count() or 1) // (self.workers * self.cpus_per_worker))
 
     def peak_memory(self) -> int:
         """Most bytes this process held: on the GPU if it has one, else resident memory."""
         if self.gpus_per_worker:
-            return torch.cuda.max_memory_allocated()
+            from torch.cuda import max_memory_allocated
+
+            return max_memory_allocated()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

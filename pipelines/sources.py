@@ -14,11 +14,9 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from loram.data import encode_chat
 from loram.errors import refuse
-from loram.formats import Message, detect, to_messages
+from loram.formats import detect, to_messages
 from loram.packing import scatter
 from pipelines.digest import file_digest, read_digest
 from pipelines.readers import SUFFIXES, Row, opened, parquet_columns, read_rows
@@ -147,28 +145,6 @@ def peek(spec: SourceSpec, setting: str, *, chat: bool, rows: int = 1000) -> lis
         found = f"{spec.path}, where none of the first {len(reasons)} rows is good ({reasons[0]})"
         refuse(setting, found, "instructions with answers" if chat else "rows with text")
     return good
-
-
-def check_trainable(
-    conversations: list[list[Message]],
-    setting: str,
-    tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
-) -> None:
-    """Refuse instructions of which `peek` found none with a trainable token.
-
-    Raises:
-        UserError: as said.
-    """
-    reason = ""
-    for messages in conversations:
-        try:
-            encode_chat(messages, tokenizer, seq_len)
-            return
-        except ValueError as error:
-            reason = str(error)
-    found = f"no trainable token in the first {len(conversations)} rows ({reason})"
-    refuse(setting, found, "answers that begin within seq_len tokens and suit the chat template")
 
 
 def find_form(files: list[File], spec: SourceSpec, setting: str, *, chat: bool) -> str:

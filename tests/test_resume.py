@@ -59,12 +59,11 @@ def data(tmp_path_factory) -> Path:
 
 
 def drive(
-    data: Path, stage: str, workers: int, name: str, kill: Callable | None = None, lr: float = 1e-2
+    data: Path, stage: str, workers: int, name: str, *kills: Callable, lr: float = 1e-2
 ) -> dict | None:
-    """Run the driver; `kill(driver)` is called once it is past a random step."""
+    """Run the driver; each of `kills(driver)` is called once it is past a random step."""
     (data / name / "work").mkdir(parents=True, exist_ok=True)
     curve = data / name / "work" / "metrics.jsonl"
-    after = random.randrange(7, 28)
     with (data / name / "log").open("a") as log:
         driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, stage, str(workers), str(data), name, str(lr)],
@@ -72,11 +71,11 @@ def drive(
             stderr=log,
             env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
         )
-    if kill:
+    for kill, after in zip(kills, sorted(random.sample(range(7, 28), len(kills))), strict=True):
         while not curve.exists() or f'"step": {after},' not in curve.read_text():
             assert driver.poll() is None, (data / name / "log").read_text()[-3000:]
             time.sleep(0.02)
-        print(f"{name}: killed after step {after}")
+        print(f"{name}: {kill.__name__} after step {after}")
         kill(psutil.Process(driver.pid))
     out, _ = driver.communicate()
     return json.loads(out.splitlines()[-1]) if driver.returncode == 0 else None
@@ -120,32 +119,26 @@ def assert_equal_runs(data: Path, plain: str, name: str, workers: int) -> None:
 
 def test_an_adapter_on_one_worker(data):
     plain = drive(data, "sft", 1, "plain")
-    assert drive(data, "sft", 1, "worker", kill_a_worker)
-    assert_equal_runs(data, "plain", "worker", 1)
-
-    assert drive(data, "sft", 1, "driver", kill_the_driver) is None
-    found = drive(data, "sft", 1, "driver")
-    assert_equal_runs(data, "plain", "driver", 1)
+    assert drive(data, "sft", 1, "killed", kill_a_worker, kill_the_driver) is None
+    found = drive(data, "sft", 1, "killed")
+    assert_equal_runs(data, "plain", "killed", 1)
     same = ("held_out_loss", "best_step", "tokens", "trained_tokens")
     assert [found[n] for n in same] == [plain[n] for n in same]
 
     # Trained to the end, killed before the step was entered into the store: nothing is trained.
-    steps = (data / "driver" / "work" / "metrics.jsonl").read_bytes()
-    for file in (data / "driver" / "out").iterdir():
+    steps = (data / "killed" / "work" / "metrics.jsonl").read_bytes()
+    for file in (data / "killed" / "out").iterdir():
         file.unlink()
-    assert drive(data, "sft", 1, "driver")["best_step"] == found["best_step"]
-    assert (data / "driver" / "work" / "metrics.jsonl").read_bytes() == steps
-    assert_equal_runs(data, "plain", "driver", 1)
+    assert drive(data, "sft", 1, "killed")["best_step"] == found["best_step"]
+    assert (data / "killed" / "work" / "metrics.jsonl").read_bytes() == steps
+    assert_equal_runs(data, "plain", "killed", 1)
 
 
 def test_alignment_divided_over_two_workers(data):
-    drive(data, "align", 2, "whole")
-    assert drive(data, "align", 2, "both", kill_a_worker)
-    assert_equal_runs(data, "whole", "both", 2)
-
-    assert drive(data, "align", 2, "gone", kill_the_driver) is None
-    assert drive(data, "align", 2, "gone")
-    assert_equal_runs(data, "whole", "gone", 2)
+    assert drive(data, "align", 2, "whole")
+    assert drive(data, "align", 2, "killed", kill_a_worker, kill_the_driver) is None
+    assert drive(data, "align", 2, "killed")
+    assert_equal_runs(data, "whole", "killed", 2)
 
 
 def test_divergence_is_said_at_once(data):

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from loram.errors import UserError
 from pipelines import readers
+from pipelines.check import check_trainable
 from pipelines.readers import read_numbers, read_rows
 from pipelines.sources import (
     SourceSpec,
-    check_trainable,
     choose_files,
     digest,
     list_files,

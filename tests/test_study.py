@@ -1,4 +1,4 @@
-"""Studies: what is planned, what is refused, what is made of the points; and real ones."""
+"""Studies: what is planned, what is refused, what is made of the points."""
 
 import json
 import math
@@ -23,14 +23,6 @@ from tune.draw_costs import draw_costs
 from tune.points import SEARCH, Cell, Cost, Point, Seen, means, spread
 from tune.study import _execute, main
 from tune.trainings import evaluations, named, own_best, owners, plan
-
-STUDIES = {
-    "steps": [],  # first, so that its last rung goes on from the one before, and the others use it
-    "recovery": ["--rates", "3e-3"],
-    "cost": ["--rates", "3e-3"],
-    "ratio": ["evaluate.answers=4", "--ratios", "0.25", "0.5"],
-}
-ROOT = Path(__file__).parents[1]
 
 
 def planned(*words, **lists):

@@ -6,7 +6,9 @@ import platform
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.jsonl"
+PICTURES = Path(__file__).parent / "pictures"
 
 
 def keep(name: str, **values: object) -> None:

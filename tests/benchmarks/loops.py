@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from loram.adapter import AdapterConfig, attach
-from loram.data import IGNORED
-from loram.model import load, load_tokenizer
+from loram.data import IGNORED, load_tokenizer
+from loram.model import load
 from loram.packing import best_fit, write_packed
 from tests.benchmarks import keep
 from tests.benchmarks.training import (

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from loram.data import encode_text
+from loram.data import encode_text, load_tokenizer
 from loram.evaluate import perplexity
 from loram.loss import Batch
-from loram.model import load, load_tokenizer, read_config
+from loram.model import load, read_config
 from loram.packing import Packed, batches, cut, write_packed
 from loram.prune import PruneConfig, choose, prune, ratio
 from loram.sparse import sparsify

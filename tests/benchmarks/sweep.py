@@ -5,11 +5,13 @@
 The sweep has a home of its own, in which nothing is finished yet. Seconds are those that the steps'
 records say. `startup_s`: of all trainings, rungs too, until their first step. `trials_alone_s` is
 reckoned, not run: the sum over the trials of all steps that each would have made in an empty store.
+`pictures/` gets the plot of the report.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,9 +25,8 @@ from pipelines.locate import locate
 from pipelines.recipes import resolve
 from pipelines.step import Step, order
 from pipelines.store import Store
-from tests.benchmarks import keep
+from tests.benchmarks import PICTURES, ROOT, keep
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 SHORT = [
     "nf4=false",
@@ -60,6 +61,8 @@ def report(where: Path, wall: float) -> None:
     ran = Counter(record["name"] for record in records)
     trainings = [record["metrics"] for record in records if record["name"] == "sft"]
     (trials,) = store.root.glob("reports/sweep-*/trials.json")
+    PICTURES.mkdir(exist_ok=True)
+    shutil.copyfile(trials.with_name("large_loss-sft-lr.svg"), PICTURES / "sweep.svg")
     made = [steps(trial, store) for trial in json.loads(trials.read_text())]
     mine = [store.record(step.slug) for of_one in made for step in of_one]
     keep(

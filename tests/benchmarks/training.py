@@ -34,8 +34,8 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from loram.adapter import AdapterConfig, attach
-from loram.data import Document, encode_chat
-from loram.model import load, load_tokenizer, read_config
+from loram.data import Document, encode_chat, load_tokenizer
+from loram.model import load, read_config
 from loram.packing import Packed, batches, best_fit, order, write_packed
 from loram.plan import lora_parameters, meta_model, size
 from loram.prune import PruneConfig, choose, prune
