@@ -148,6 +148,10 @@ def _check_training(
     _at_least(f"{name}.eval_every", train.eval_every, 1)
     if train.stop is not None and not 1 <= train.stop <= train.steps:
         refuse(f"{name}.stop", train.stop, f"1 to {train.steps}, the steps of {name}")
+    if not 0 <= train.weight_decay < float("inf"):
+        refuse(f"{name}.weight_decay", train.weight_decay, "a number from 0")
+    if not 0 <= train.seed < 2**32:
+        refuse(f"{name}.seed", train.seed, "0 to 4294967295")
     for key in ("lr", "clip"):
         if not 0 < getattr(train, key) < float("inf"):
             refuse(f"{name}.{key}", getattr(train, key), "a number above 0")
@@ -160,6 +164,7 @@ def _check_training(
     place = recipe.place
     _at_least("place.workers", place.workers, 1)
     _at_least("place.micro_batch", place.micro_batch, 1)
+    _at_least("place.cpus_per_worker", place.cpus_per_worker, 1)
     step = place.workers * place.micro_batch
     if train.global_batch < 1 or train.global_batch % step:
         refuse(
@@ -190,11 +195,7 @@ def check_trainable(
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
 ) -> None:
-    """Refuse instructions of which `peek` found none with a trainable token.
-
-    Raises:
-        UserError: as said.
-    """
+    """Refuse instructions of which `peek` found none with a trainable token."""
     reason = ""
     for messages in conversations:
         try:
@@ -215,7 +216,7 @@ def check_hardware(recipe: Recipe) -> None:
     if asked > gpus:
         refuse("place.workers x place.gpus_per_worker", f"{asked} GPUs", f"at most {gpus} here")
     asked = place.workers * place.cpus_per_worker
-    if place.cpus_per_worker < 1 or asked > cpus:
+    if asked > cpus:
         refuse("place.workers x place.cpus_per_worker", f"{asked} CPUs", f"1 to {cpus} here")
     if place.gpus_per_worker and torch.cuda.get_device_capability() < (8, 0):
         found = ".".join(map(str, torch.cuda.get_device_capability()))

@@ -15,6 +15,7 @@ from loram.distil import DistilConfig
 from loram.errors import refuse
 from loram.prune import PruneConfig
 from loram.train import TrainConfig
+from pipelines.journal import redact
 from pipelines.place import Place
 from pipelines.sources import SourceSpec
 
@@ -152,8 +153,9 @@ def parsed(settings: dict[str, Any]) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, file: Path) -> None:
-    """Write the resolved recipe as JSON that `resolve` reads back."""
-    file.write_text(json.dumps(dataclasses.asdict(recipe), indent=1) + "\n")
+    """Write the resolved recipe as JSON that `resolve` reads back, without passwords in URIs."""
+    text = json.dumps(dataclasses.asdict(recipe), indent=1)
+    file.write_text(redact(text) + "\n")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ def small() -> Recipe:
         # A CPU takes a third of a step to draw dropout's masks, and no row is seen twice.
         adapter=AdapterConfig(dropout=0.0),
         sft=TrainConfig(steps=20, lr=1e-3, global_batch=4, warmup_steps=4, eval_every=10),
+        # Half of the machine: LoRA on the full model is trained beside the small one.
+        place=Place(cpus_per_worker=max(1, (os.cpu_count() or 1) // 2)),
     )
 
 
 def test() -> Recipe:
-    """Seconds, on a random model with two small layers: for tests and for trying things out."""
+    """Seconds, on a random model of four layers: for tests and for trying things out."""
     recipe = small()
     train = TrainConfig(steps=4, lr=1e-3, global_batch=4, seq_len=256, warmup_steps=1, eval_every=2)
     return dataclasses.replace(
@@ -59,6 +62,7 @@ def test() -> Recipe:
         calibration_rows=2,
         align=train,
         sft=train,
+        place=Place(cpus_per_worker=1),
     )
 
 
@@ -117,6 +121,21 @@ NAMED = {
 
 
 def resolve(name: str, changes: list[str]) -> Recipe:
+    """The recipe that is run: `read`, with what its method decides written into it."""
+    return settled(read(name, changes))
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe that says what is removed, also where the method decides it.
+
+    Raises:
+        UserError: a ratio that the method cannot have.
+    """
+    prune = dataclasses.replace(recipe.prune, ratio=ratio(recipe.prune))
+    return dataclasses.replace(recipe, prune=prune)
+
+
+def read(name: str, changes: list[str]) -> Recipe:
     """The recipe of that name, or of a JSON file that a run left behind, with changes applied.
 
     Args:
@@ -134,7 +153,4 @@ def resolve(name: str, changes: list[str]) -> Recipe:
             refuse("recipe", f"{name}, which is not JSON ({error})", "a recipe.json of a run")
     else:
         refuse("recipe", repr(name), f"{', '.join(NAMED)}, or a recipe.json of a run")
-    recipe = parsed(changed(settings, changes))
-    # The recipe that is written down says what was removed, also where the method decided it.
-    prune = dataclasses.replace(recipe.prune, ratio=ratio(recipe.prune))
-    return dataclasses.replace(recipe, prune=prune)
+    return parsed(changed(settings, changes))

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from rich.table import Table
 
+from pipelines.journal import redact
 from pipelines.plots import draw_curves, draw_losses
 from pipelines.results import LEAST_GAIN, Row
 
@@ -129,7 +130,7 @@ def write_page(
     (out / "report.html").write_text(
         "<!doctype html><html lang=en><meta charset=utf-8>"
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{body}<h2>Recipe</h2>"
-        + html_table(["key", "value"], [[k, str(v)] for k, v in recipe.items()])
+        + html_table(["key", "value"], [[k, redact(str(v))] for k, v in recipe.items()])
         + "<h2>Versions</h2>"
         + html_table(["library", "version"], [[k, v] for k, v in versions.items()])
     )

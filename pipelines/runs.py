@@ -167,7 +167,7 @@ class Runs:
         try:
             stat = os.stat(run["curve"])
             stamp = stat.st_mtime_ns, stat.st_size
-            if self.stamps.get(run["curve"]) == stamp:
+            if self.stamps.get(run["id"]) == stamp:
                 return
             texts = Path(run["curve"]).read_text().split("\n")[:-1]
         except OSError:
@@ -186,7 +186,7 @@ class Runs:
         for first in range(0, len(points), 500):
             self._call(self.client.log_batch, run["id"], points[first : first + 500])
         run["sent"] = latest
-        self.stamps[run["curve"]] = stamp
+        self.stamps[run["id"]] = stamp
         self.journal.save(self.state)
 
     def _copy(self, path: Path, folder: str) -> None:

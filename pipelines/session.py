@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from pipelines.assets import home
 from pipelines.console import Console
 from pipelines.execute import Event
 from pipelines.recipe import Recipe, flat, write_recipe
+from pipelines.step import Step, order
 from pipelines.store import Store
 from pipelines.tracking import Tracking, local, viewer
 
@@ -40,6 +41,25 @@ class Session:
         """Show and note what happened to a step; params, tags: its own, as in `Tracking.on`."""
         self.console.on(event)
         self.tracking.on(event, params, tags)
+
+    def noted(self, wanted: Iterable[tuple[Recipe, str, list[Step]]]) -> Callable[[Event], None]:
+        """`on` for the steps of several recipes: with the params of one that needs the step.
+
+        Args:
+            wanted: recipes, each with its variant and what it is run for. A step that several
+                variants need is of the variant `shared`.
+        """
+        known: dict[str, tuple[Recipe, str]] = {}
+        for recipe, variant, targets in wanted:
+            for step in order(targets):
+                first, owner = known.get(step.key, (recipe, variant))
+                known[step.key] = first, variant if owner == variant else "shared"
+
+        def on(event: Event) -> None:
+            recipe, variant = known[event.step.key]
+            self.on(event, flat(recipe), {"variant": variant})
+
+        return on
 
     def report(self) -> Path:
         """The directory of the report, made, with the resolved recipe in it."""

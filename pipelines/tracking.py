@@ -30,7 +30,8 @@ def local(root: Path) -> str:
 
 def viewer(uri: str) -> str:
     """What a user types or opens to look at the store."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {redact(uri)}"
+    uri = redact(uri)
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
 def check(uri: str) -> None:

@@ -2,6 +2,7 @@
 of `loram.train`, and at each evaluation a report to Ray Train with a checkpoint."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -26,7 +27,7 @@ from loram.parallel import load_state, masters_, replicate, save_state, shard, w
 from loram.train import Log, TrainConfig, adamw, train, train_all_
 from pipelines.curve import append, go_on
 from pipelines.execute import CURVE
-from pipelines.place import Place
+from pipelines.place import Place, forget_peak
 from pipelines.stream import stream
 
 RUN = "run"  # Ray Train's directory under the work directory
@@ -55,6 +56,7 @@ def work(job: Job) -> dict[str, Any]:
 
     Returns: `startup_seconds`, from the call of `fit` to the first step; or `diverged`, why.
     """
+    forget_peak()
     rank, size = world()
     config, place, run = job.config, job.place, job.work / RUN
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -89,6 +91,8 @@ def work(job: Job) -> dict[str, Any]:
             if log.step % config.eval_every and log.step < config.last:
                 continue
             held_out = perplexity(module, _held_out(job))["loss"]
+            if not math.isfinite(held_out):
+                raise FloatingPointError(f"held-out loss is {held_out} after step {log.step}")
             append(curve, {"step": log.step, "time": time.time(), "held_out_loss": held_out})
             path = run / f"step-{log.step:06d}"
             save_state(path, module, optimizer, log.step)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipelines.assets import home
@@ -18,17 +20,25 @@ SWEEP = ["tune/sweep.py", *SETTINGS, "sft.lr=1e-4..1e-2", "prune.ratio=0.25,0.5"
 SWEEP += ["--seed", "6", "--concurrent", "1"]
 
 
-def start(words: list[str], root: Path, log: Path) -> subprocess.Popen:
+@contextmanager
+def start(words: list[str], root: Path, log: Path) -> Iterator[subprocess.Popen]:
+    """The command in a session of its own, of which nothing is left at the end of the block."""
     root.mkdir(exist_ok=True)
     if not (root / "assets").exists():
         (root / "assets").symlink_to(home() / "assets")
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, ROOT / words[0], *words[1:]],
         env=os.environ | {"LORAM_HOME": str(root)},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def records(root: Path) -> dict[str, str]:
@@ -43,17 +53,13 @@ def killed_and_finished(root: Path) -> tuple[Path, dict[str, str], str]:
     Returns:
         The home, what `records` were there at the kill, and what the second driver printed.
     """
-    killed = start(SWEEP, root, root / "first.log")
+    first, second = root / "first.log", root / "second.log"
     deadline = time.monotonic() + 500
-    while Counter(slug.split("-")[0] for slug in records(root))["evaluate_large"] < 2:
-        assert killed.poll() is None and time.monotonic() < deadline, (
-            root / "first.log"
-        ).read_text()
-        time.sleep(0.5)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    with start(SWEEP, root, first) as killed:
+        while Counter(slug.split("-")[0] for slug in records(root))["evaluate_large"] < 2:
+            assert killed.poll() is None and time.monotonic() < deadline, first.read_text()
+            time.sleep(0.5)
     before = records(root)
-    again = start(SWEEP, root, root / "second.log")
-    text = root / "second.log"
-    assert again.wait(600) == 0, text.read_text()
-    return root, before, text.read_text()
+    with start(SWEEP, root, second) as again:
+        assert again.wait(600) == 0, second.read_text()
+    return root, before, second.read_text()

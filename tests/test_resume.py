@@ -61,7 +61,7 @@ def data(tmp_path_factory) -> Path:
 def drive(
     data: Path, stage: str, workers: int, name: str, *kills: Callable, lr: float = 1e-2
 ) -> dict | None:
-    """Run the driver; each of `kills(driver)` is called once it is past a random step."""
+    """Run the driver; each of `kills(driver, curve)` is called once it is past a random step."""
     (data / name / "work").mkdir(parents=True, exist_ok=True)
     curve = data / name / "work" / "metrics.jsonl"
     with (data / name / "log").open("a") as log:
@@ -76,7 +76,7 @@ def drive(
             assert driver.poll() is None, (data / name / "log").read_text()[-3000:]
             time.sleep(0.02)
         print(f"{name}: {kill.__name__} after step {after}")
-        kill(psutil.Process(driver.pid))
+        kill(psutil.Process(driver.pid), curve)
     out, _ = driver.communicate()
     return json.loads(out.splitlines()[-1]) if driver.returncode == 0 else None
 
@@ -90,11 +90,15 @@ def workers_of(driver: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def kill_a_worker(driver: psutil.Process) -> None:
+def kill_a_worker(driver: psutil.Process, curve: Path) -> None:
+    before = curve.stat().st_ino
     random.choice(workers_of(driver)).kill()
+    while curve.stat().st_ino == before:  # the next one goes on with a file of its own
+        assert driver.is_running()
+        time.sleep(0.02)
 
 
-def kill_the_driver(driver: psutil.Process) -> None:
+def kill_the_driver(driver: psutil.Process, curve: Path) -> None:
     workers = workers_of(driver)
     driver.kill()
     # The embedded Ray ends with it; until then its workers may still write.

@@ -34,6 +34,18 @@ def test_two_lists_make_every_combination_and_training_fields_none():
     assert found.searched == {"adapter.r": [4, 8]}
 
 
+def test_a_ratio_that_was_not_typed_is_that_of_each_method():
+    found, _ = space("small", ["prune.method=stru,semi,unst"])
+    assert [recipe.prune.ratio for recipe in found.recipes()] == [0.65, 0.5, 0.55]
+    found, _ = space("small", ["prune.method=semi", "prune.pattern=4:8,1:4"])
+    assert [recipe.prune.ratio for recipe in found.recipes()] == [0.5, 0.25]
+
+
+def test_rows_of_another_length_are_other_data():
+    found, _ = space("test", ["sft.seq_len=128,256", "sft.lr=1e-4..1e-3"])
+    assert [recipe.sft.seq_len for recipe in found.recipes()] == [128, 256]
+
+
 def test_full_lora_is_no_part_of_a_trial():
     assert space("test", [])[0].recipe.compare == ()
 
@@ -48,6 +60,7 @@ def test_full_lora_is_no_part_of_a_trial():
         ("prune.ratio=0.5,", "prune.ratio"),
         ("prune.ratio=0.5,0.5", "prune.ratio"),
         ("prune.ratio=0.1..0.5", "prune.ratio"),
+        ("sft.seq_len=128..256", "sft.seq_len"),
         ("sft.speed=1e-5..1e-3", "sft.speed"),
         ("sft.lr=fast,slow", "sft.lr"),
         ("place.workers=1,2", "place.workers"),
@@ -91,6 +104,9 @@ def test_a_stopped_trial_is_a_recipe_and_a_finished_one_the_ordinary_recipe():
         (["prune.ratio=0.5,0.6", "prune.method=semi"], "prune.ratio"),
         (["sft.global_batch=4,6", "prune.ratio=0.5"], "sft.global_batch"),
         (["adapter.r=4,0", "prune.ratio=0.5"], "adapter.r"),
+        (["prune.method=semi,stru", "adapter.masked=false,true"], "adapter.masked"),
+        (["sft.weight_decay=0.1,-1", "prune.ratio=0.5"], "sft.weight_decay"),
+        (["--seed", "-1"], "--seed"),
         (["sft.stop=2", "sft.lr=1e-4..1e-3"], "sft.stop"),
         (["sft.stop=1,2"], "sft.stop"),
         (["tracking=http://127.0.0.1:9", "prune.ratio=0.5,0.25"], "tracking"),

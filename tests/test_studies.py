@@ -26,7 +26,7 @@ STUDIES = {
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The home in which every study ran, one after the other, and how often each step ran."""
+    """The home in which every study ran, one after the other."""
     root = tmp_path_factory.mktemp("study")
     (root / "assets").symlink_to(home() / "assets")
     for name, rest in STUDIES.items():

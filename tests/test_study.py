@@ -14,6 +14,7 @@ from loram.errors import UserError
 from pipelines.execute import Event
 from pipelines.recipe import flat
 from pipelines.results import Row
+from pipelines.session import Session
 from pipelines.step import Source
 from pipelines.store import Store
 from tune import study_page
@@ -22,7 +23,7 @@ from tune.draw import picture
 from tune.draw_costs import draw_costs
 from tune.points import SEARCH, Cell, Cost, Point, Seen, means, spread
 from tune.study import _execute, main
-from tune.trainings import evaluations, named, own_best, owners, plan
+from tune.trainings import evaluations, named, own_best, plan, wanted
 
 
 def planned(*words, **lists):
@@ -39,10 +40,9 @@ def planned(*words, **lists):
 
 
 def kinds(study, trainings) -> Counter:
-    """How many steps of each name the study needs."""
-    steps = owners(study, trainings)
+    """How many different steps of each name the study asks for."""
     names = {step.key: step.name for t in trainings for step in [t.sft, *evaluations(study, [t])]}
-    return Counter(names[key] for key in names if key in steps)
+    return Counter(names.values())
 
 
 def test_steps_trains_each_method_and_full_lora_rung_by_rung():
@@ -110,11 +110,18 @@ def test_seeds_change_what_is_drawn_and_nothing_else():
 
 def test_shared_steps_are_tagged_so_and_others_with_their_variant():
     study, trainings = planned("cost", methods=["stru", "semi"])
-    tags = owners(study, trainings)
-    by_variant = {tags[t.sft.key][1]: t.arm.label for t in trainings}
-    assert by_variant == {"lora": "LoRA", "stru": "QLoRAM-Stru", "semi": "QLoRAM-Semi"}
+    variants = {}
+
+    def on(event, params, tags):
+        variants[event.step.key] = tags["variant"]
+
+    note = Session.noted(SimpleNamespace(on=on), wanted(study, trainings))
     base = trainings[0].graph.variants[0].evaluate
-    assert tags[base.key][1] == "shared"
+    for step in [base, *(t.sft for t in trainings)]:
+        note(Event("started", step, Path()))
+    by_variant = {variants[t.sft.key]: t.arm.label for t in trainings}
+    assert by_variant == {"lora": "LoRA", "stru": "QLoRAM-Stru", "semi": "QLoRAM-Semi"}
+    assert variants[base.key] == "shared"
 
 
 @pytest.mark.parametrize(
@@ -141,6 +148,7 @@ def test_shared_steps_are_tagged_so_and_others_with_their_variant():
         (["cost", "test", "sft.stop=2"], "sft.stop: found 2"),
         (["cost", "test", 'compare=["bound"]'], "compare: found 'bound'"),
         (["cost", "test", "evaluate.answers=-1"], "evaluate.answers: found -1"),
+        (["cost", "test", 'compare=["lora","lora"]'], 'compare: found ["lora", "lora"]'),
         (["cost", "nothing"], "recipe: found 'nothing'"),
     ],
 )
@@ -154,7 +162,6 @@ def test_what_cannot_be_asked_is_refused_in_one_line_before_ray(words, said, cap
 
 def test_a_rate_that_diverges_is_left_out_and_the_shared_one_may_not(monkeypatch):
     study, trainings = planned("cost", methods=["stru"], rates=["9"])
-    known = owners(study, trainings)
     made = []
 
     def execute(targets, store, launch, place, on, at_once):
@@ -165,17 +172,17 @@ def test_a_rate_that_diverges_is_left_out_and_the_shared_one_may_not(monkeypatch
         made.append({step.key for step in targets})
 
     monkeypatch.setattr("tune.study.execute", execute)
-    here = SimpleNamespace(store=None, recipe=study.recipe, on=lambda *_: None)
+    here = SimpleNamespace(store=None, recipe=study.recipe)
     optional = {t.sft.key: named(t) for t in trainings if t.lr == 9}
     targets = [t.sft for t in trainings]
     bad = {trainings[1].sft.key}
     assert trainings[1].lr == 9 and trainings[1].arm.label == "LoRA"
-    lost = _execute(targets, optional, {}, known, here)
+    lost = _execute(targets, optional, {}, lambda event: None, here)
     assert lost == {"LoRA, rate 9, seed 0": "loss nan"}
     assert made == [{step.key for step in targets} - bad]
     bad = {trainings[0].sft.key}
     with pytest.raises(UserError, match="loss nan"):
-        _execute(targets, optional, {}, known, here)
+        _execute(targets, optional, {}, lambda event: None, here)
 
 
 def test_the_own_best_rate_is_chosen_by_the_held_out_loss_over_seeds(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 
 import pytest
@@ -45,7 +46,9 @@ def test_every_trial_has_its_final_numbers_in_mlflow_under_one_run(swept):
         )
         curve = client.get_metric_history(run.info.run_id, "loss")
         assert [point.step for point in curve] == list(range(1, len(curve) + 1)) and len(curve) > 1
-    assert {float(run.data.params["prune.ratio"]) for run in trials} == {0.25, 0.5}
+    for stage in ("trial", "prune", "evaluate_large"):
+        staged = [run for run in runs if run.data.tags.get("stage") == stage]
+        assert {float(run.data.params["prune.ratio"]) for run in staged} == {0.25, 0.5}
     artifacts = {a.path for a in client.list_artifacts(sweep.info.run_id, "report")}
     assert {"report/report.html", "report/curves.png", "report/curves.svg"} <= artifacts
 
@@ -56,8 +59,8 @@ def test_the_printed_line_gives_the_same_scores_in_an_empty_store(swept, tmp_pat
     assert line, text
     trials = json.loads(next((root / "store" / "reports").glob("sweep-*/trials.json")).read_text())
     best = min(trials, key=lambda trial: trial["large_loss"])
-    done = start(line[1].split(), tmp_path / "home", tmp_path / "log")
-    assert done.wait(500) == 0, (tmp_path / "log").read_text()
+    with start(shlex.split(line[1]), tmp_path / "home", tmp_path / "log") as done:
+        assert done.wait(500) == 0, (tmp_path / "log").read_text()
     (table,) = (tmp_path / "home" / "store" / "reports").glob("test-*/table.json")
     large = json.loads(table.read_text())[-1]
     assert large["label"].endswith("large")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.test_jobs import RAY, free_ports
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = ["test", "align.steps=0", "nf4=false", "prune.ratio=0.5", "sft.eval_every=4"]
+SETTINGS += ["place.cpus_per_worker=2"]  # one trial at a time
 # The second is an adapter that no machine has memory for.
 FAILING = ["adapter.r=4,4000000000000", "--trials", "2"]
 
@@ -34,12 +36,18 @@ class Cluster:
     env: dict[str, str]
     began: float = 0.0
 
-    def start(self, *words: str) -> subprocess.Popen:
-        """A sweep; what it prints goes to `log`."""
+    @contextmanager
+    def start(self, *words: str) -> Iterator[subprocess.Popen]:
+        """A sweep that is gone at the end of the block; what it prints goes to `log`."""
         command = [sys.executable, ROOT / "tune" / "sweep.py", *SETTINGS, *words]
         self.began = time.time()
         with (self.root / "log").open("w") as log:
-            return subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+            sweep = subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield sweep
+        finally:
+            sweep.kill()
+            sweep.wait()
 
     def log(self) -> str:
         return (self.root / "log").read_text()
@@ -60,7 +68,9 @@ class Cluster:
         """A training of the last sweep did a step just now: Ray knows all that it will get back."""
         since = max(self.began, time.time() - 3)
         curves = (self.root / "store" / "work").glob("sft-*/metrics.jsonl")
-        return any(curve.stat().st_mtime > since for curve in curves)
+        with suppress(FileNotFoundError):  # a training that has just ended
+            return any(curve.stat().st_mtime > since for curve in curves)
+        return False
 
     def runs(self) -> list[Any]:
         client = MlflowClient(f"sqlite:///{self.root}/mlflow/mlflow.db")
@@ -118,9 +128,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def failed(cluster) -> list[dict[str, Any]]:
     """The trials of a sweep of which one fails; of the other the training's worker is killed."""
-    sweep = cluster.start(*FAILING)
-    os.kill(until(lambda: cluster.process("ray::RayTrainWorker")), signal.SIGKILL)
-    assert sweep.wait(500) == 0, cluster.log()
+    with cluster.start(*FAILING) as sweep:
+        os.kill(until(lambda: cluster.process("ray::RayTrainWorker")), signal.SIGKILL)
+        assert sweep.wait(500) == 0, cluster.log()
     (file,) = (cluster.root / "store" / "reports").glob("*/trials.json")
     return list(json.loads(file.read_text()))
 
@@ -148,24 +158,20 @@ def test_mlflow_has_them_all_with_their_tags(failed, cluster):
 
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_after_a_killed_driver_the_cluster_is_free(failed, cluster, sign, status):
-    sweep = cluster.start(f"sft.lr={2 + sign}e-4,{3 + sign}e-4")
-    until(cluster.trains)
-    sweep.send_signal(sign)
-    assert sweep.wait(60) == status, cluster.log()
+    with cluster.start(f"sft.lr={2 + sign}e-4,{3 + sign}e-4") as sweep:
+        until(cluster.trains)
+        sweep.send_signal(sign)
+        assert sweep.wait(60) == status, cluster.log()
     assert "Traceback" not in cluster.log()
     until(cluster.is_clean, 90)
 
 
 def test_a_store_that_disappears_ends_the_sweep_in_one_line(failed, cluster):
     store, away = cluster.root / "store", cluster.root / "away"
-    sweep = cluster.start("sft.lr=5e-4,6e-4")
-    until(cluster.trains)
-    store.rename(away)
-    try:
+    with cluster.start("sft.lr=5e-4,6e-4") as sweep:
+        until(cluster.trains)
+        store.rename(away)
         assert sweep.wait(200) == 2, cluster.log()
-    finally:
-        shutil.rmtree(store, ignore_errors=True)
-        away.rename(store)
     assert cluster.log().strip().splitlines()[-1].startswith("error: store: ")
     assert "Traceback" not in cluster.log()
     until(cluster.is_clean, 90)

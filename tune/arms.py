@@ -1,6 +1,7 @@
 """What a study asks, and the models on which adapters are trained to answer it."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def ask(
     if ratios is not None:
         inside = "numbers in [0, 1)"
         chosen_ratios = _numbers("--ratios", ratios, float, lambda x: 0 <= x < 1, inside)
-    if name == "ratio" and not found.evaluate.answers:
+    if name == "ratio" and not found.evaluate.answers and "evaluate.answers" not in typed:
         evaluate = dataclasses.replace(found.evaluate, answers=ANSWERS)
         found = dataclasses.replace(found, evaluate=evaluate)
     arms = [
@@ -122,6 +123,8 @@ def ask(
 def _check(name: str, recipe: Recipe) -> None:
     if unknown := sorted(set(recipe.compare) - FULL.keys()):
         refuse("compare", f"{unknown[0]!r} in a study", ", ".join(FULL))
+    if len(set(recipe.compare)) < len(recipe.compare):
+        refuse("compare", json.dumps(recipe.compare), "each once")
     if name == "recovery" and not recipe.align.steps:
         refuse("align.steps", "0 in the study recovery", "1 or more: it compares alignment")
     if recipe.sft.stop is not None:
@@ -137,7 +140,8 @@ def _prunings(
     """The prunings of a method. A ratio that was not asked for is of groups: `unst` has its own,
     and that of `semi` is its pattern's."""
     groups = method in STRUCTURED
-    several: Sequence[float | None] = [recipe.prune.ratio if groups or typed else None]
+    own = typed or (groups and recipe.prune.method in STRUCTURED)
+    several: Sequence[float | None] = [recipe.prune.ratio if own else None]
     if study == "ratio":
         several = ratios or (RATIOS if groups else [None])
     if method == "semi":

@@ -80,7 +80,7 @@ class Follow:
         text = "running"
         if "step" in note:
             text = note["error"] or f"step {note['step']}  held-out {note['held_out_loss']:.4f}"
-        self.say(f"  trial {note['trial']:12} {shown(note['values'])}  {text}")
+        self.say(f"  trial {note['trial']:12} {shown(note['values'])}  {text}", markup=False)
 
     def _begin(self, name: str, recipe: Recipe) -> None:
         if name not in self.open:

@@ -1,11 +1,13 @@
 """What a sweep leaves: its table, its pictures, and one self-contained page."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
+from rich.markup import escape
 from rich.table import Table
 
 from pipelines.recipe import flat
@@ -35,7 +37,7 @@ def line(plan: Plan, outcome: Outcome) -> str:
     if outcome.recipe.sft.stop:
         values["sft.stop"] = outcome.recipe.sft.stop
     words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return " ".join([plan.recipe, *plan.plain, "compare=[]", *words])
+    return shlex.join([plan.recipe, *plan.plain, "compare=[]", *words])
 
 
 def table(plan: Plan, outcomes: list[Outcome]) -> Table:
@@ -45,7 +47,7 @@ def table(plan: Plan, outcomes: list[Outcome]) -> Table:
     for name in head:
         drawn.add_column(name, justify="left" if name in ("trial", "remark") else "right")
     for row in body:
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     return drawn
 
 

@@ -19,6 +19,7 @@ from pipelines.graph import Graph
 from pipelines.launch import ray_launch
 from pipelines.recipe import Recipe
 from pipelines.step import Metrics, Step
+from pipelines.worker import RUN
 
 FACTOR = 2  # of the trials at a rung, one in so many goes on
 
@@ -63,6 +64,15 @@ def going_on(
     Args:
         earlier: the entry of the rung before, by the key of the training that goes on from it.
     """
-    if step.key in earlier and not (work / "run").exists():
-        shutil.copytree(earlier[step.key] / STATE, work, dirs_exist_ok=True)
+    if step.key in earlier and not (work / RUN).exists():
+        copy = work.with_name(f"{work.name}.earlier")
+        try:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(earlier[step.key] / STATE, copy)
+            shutil.rmtree(work, ignore_errors=True)
+            copy.rename(work)
+        except OSError as error:
+            lost: Future[Metrics] = Future()
+            lost.set_exception(error)
+            return lost
     return ray_launch(step, inputs, out, work, place)

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def search(
                 max_t=max(sft.steps for sft in trained) + 1,
             ),
             num_samples=trials,
+            trial_dirname_creator=attrgetter("trial_id"),  # by which an outcome is told
             max_concurrent_trials=concurrent,
         ),
         run_config=tune.RunConfig(
@@ -189,7 +191,7 @@ def _outcome(group: dict[str, Value], recipe: Recipe, searched: list[str], resul
     step = int(metrics.get("step", 0))
     lines = str(metrics.get("error") or result.error or "").strip().splitlines()
     return Outcome(
-        Path(result.path).name.split("_")[1],
+        Path(result.path).name,
         stopped(replaced(recipe, values), step),
         group | values,
         step,

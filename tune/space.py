@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from loram.errors import refuse
 from pipelines.recipe import Recipe, changed, parsed
-from pipelines.recipes import resolve
+from pipelines.recipes import read, settled
 
 # What may differ between trials that are compared while they run; all else makes another model.
 WITHIN = ("sft.", "adapter.")
+DATA = "sft.seq_len"  # other rows, on which no loss compares with theirs
 DEFAULT = ("sft.lr=1e-5..1e-3", "prune.ratio=0.65,0.75,0.85,0.95")
 
 Value = float | int | str | bool
@@ -51,13 +52,13 @@ class Space:
         return [replaced(self.recipe, group | self.example()) for group in self.combinations()]
 
     def recipes_within(self) -> list[Recipe]:
-        """The first group's recipe with each end of each range, and each value of each list."""
-        group = self.combinations()[0]
+        """Every group's recipe with the ends of each range and the values of each list."""
+        ends = [x if isinstance(x, list) else [x.low, x.high] for x in self.searched.values()]
         return [
-            replaced(self.recipe, group | self.example() | {key: value})
-            for key, found in self.searched.items()
-            for value in (found if isinstance(found, list) else (found.low, found.high))
-        ] or self.recipes()
+            replaced(self.recipe, group | dict(zip(self.searched, values, strict=True)))
+            for group in self.combinations()
+            for values in itertools.product(*ends)
+        ]
 
     def example(self) -> dict[str, Value]:
         """A value for each searched field."""
@@ -85,15 +86,17 @@ def space(recipe: str, changes: list[str]) -> tuple[Space, list[str]]:
         assert found is not None
         if key.startswith(("place.", "store", "tracking", "name", "experiment")):
             refuse(key, "several values", "one value: it changes no result")
-        if key.startswith(WITHIN):
+        if key.startswith(WITHIN) and key != DATA:
             searched[key] = found
         elif isinstance(found, Range):
             refuse(key, change.partition("=")[2], "a list such as 0.65,0.75: each is a new model")
         else:
             groups[key] = found
     # Full LoRA is trained once, by itself, not with each trial.
-    made = Space(resolve(recipe, ["compare=[]", *plain]), groups, searched)
-    made.recipes()
+    base = read(recipe, ["compare=[]", *plain])
+    if not {"prune.method", "prune.pattern"} & groups.keys():  # these decide a ratio not typed
+        base = settled(base)
+    made = Space(base, groups, searched)
     for each in made.recipes_within():
         if each.sft.stop is not None:
             refuse("sft.stop", each.sft.stop, "null: the search stops a trial")
@@ -103,7 +106,7 @@ def space(recipe: str, changes: list[str]) -> tuple[Space, list[str]]:
 def replaced(recipe: Recipe, values: dict[str, Value]) -> Recipe:
     """The recipe with fields replaced, by their dotted names."""
     words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return parsed(changed(dataclasses.asdict(recipe), words))
+    return settled(parsed(changed(dataclasses.asdict(recipe), words)))
 
 
 def _several(change: str) -> Range | list[Value] | None:
@@ -111,7 +114,7 @@ def _several(change: str) -> Range | list[Value] | None:
     key, _, text = change.partition("=")
     if text[:1] in tuple("[{\"'"):
         return None
-    if ".." in text and not any(mark in text for mark in ("/", "://")):
+    if ".." in text and "/" not in text:
         low, high = (_value(part) for part in text.split("..", 1))
         numbers = [x for x in (low, high) if isinstance(x, int | float) and math.isfinite(x)]
         if len(numbers) < 2 or not 0 < numbers[0] < numbers[1]:

@@ -9,7 +9,7 @@ earlier study or run made is used, and the same command goes on where it was kil
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from pipelines.check import check  # noqa: E402
 from pipelines.execute import Event, StepFailed, execute  # noqa: E402
 from pipelines.launch import start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
-from pipelines.recipe import Recipe, flat  # noqa: E402
+from pipelines.recipe import flat  # noqa: E402
 from pipelines.session import Session, session  # noqa: E402
 from pipelines.step import Step  # noqa: E402
 from pipelines.store import Store  # noqa: E402
@@ -33,7 +33,7 @@ from tune import study_page, trainings  # noqa: E402
 from tune.arms import RATIOS, STUDIES, Study, ask  # noqa: E402
 from tune.points import Seen  # noqa: E402
 from tune.rungs import going_on  # noqa: E402
-from tune.trainings import Training, evaluations, named, owners  # noqa: E402
+from tune.trainings import Training, evaluations, named, wanted  # noqa: E402
 
 
 def main(words: list[str] | None = None) -> int:
@@ -73,7 +73,8 @@ def run(study: Study) -> int:
         lost = _train(study, planned, here)
         best = trainings.own_best(study, planned, lost, store)
         chosen = [t for t in planned if t.lr in (recipe.sft.lr, best[t.arm])]
-        _execute(evaluations(study, chosen), {}, {}, owners(study, chosen), here)
+        note = here.noted(wanted(study, chosen))
+        _execute(evaluations(study, chosen), {}, {}, note, here)
         points = trainings.observed(study, chosen, best, store, full)
         costs = trainings.spent(study, planned, lost, store)
         seen = Seen(study, points, costs, {arm.title: lr for arm, lr in best.items()}, lost)
@@ -94,13 +95,13 @@ def _train(study: Study, planned: list[Training], here: Session) -> dict[str, st
     """
     lost: dict[str, str] = {}
     earlier: dict[str, Path] = {}
-    known = owners(study, planned)
+    note = here.noted(wanted(study, planned))
     for stop, following in zip(study.stops, [*study.stops[1:], None], strict=True):
         now = [t for t in planned if t.stop == stop and named(t) not in lost]
         shared = [t for t in now if t.lr == study.recipe.sft.lr]
         optional = {t.sft.key: named(t) for t in now if t not in shared}
         targets = [t.sft for t in now] + evaluations(study, shared)
-        lost |= _execute(targets, optional, earlier, known, here)
+        lost |= _execute(targets, optional, earlier, note, here)
         entries = {(t.arm, t.seed, t.lr): here.store.entry(t.sft.slug) for t in now}
         earlier = {
             t.sft.key: entries[t.arm, t.seed, t.lr]
@@ -114,7 +115,7 @@ def _execute(
     targets: list[Step],
     optional: Mapping[str, str],
     earlier: Mapping[str, Path],
-    known: Mapping[str, tuple[Recipe, str]],
+    note: Callable[[Event], None],
     here: Session,
 ) -> dict[str, str]:
     """Make the targets side by side; without those `optional` ones, by key, that fail.
@@ -128,8 +129,7 @@ def _execute(
         if event.kind == "failed" and event.step.key in optional:
             lost[optional[event.step.key]] = event.text
             gone.add(event.step.key)
-        recipe, variant = known[event.step.key]
-        here.on(event, flat(recipe), {"variant": variant})
+        note(event)
 
     place = here.recipe.place
     # Each training that waits for its CPUs holds processes: one waits, so that none are idle.

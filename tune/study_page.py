@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from pipelines.report import SCORE, html_table, paragraphs, save, write_page
@@ -34,12 +35,12 @@ def table(seen: Seen) -> Table:
     head, body, said = *_results(seen), notes(seen)
     if seen.study.name == "cost":
         head, body, said = *_costs(seen), [COST_NOTE]
-    drawn = Table(title=title, caption="\n".join(said), caption_justify="left")
+    drawn = Table(title=title, caption=escape("\n".join(said)), caption_justify="left")
     for name in head:
         words = name in ("model", "inference", "rate", "arm", "stage")
         drawn.add_column(name, justify="left" if words else "right")
     for row in body:
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     return drawn
 
 
@@ -80,7 +81,8 @@ def scores(seen: Seen) -> dict[str, float]:
 COST_NOTE = (
     "seconds: of training in optimiser steps, without the start of its workers; of other stages "
     "from start to end, when they ran. peak: of one process, on the GPU or resident. "
-    "SFT, other rates: all that were tried to find the own best one."
+    "SFT, other rates: all that ended, tried to find the own best one. Trainings may have run side "
+    "by side, where there was room."
 )
 
 

@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
 
@@ -21,18 +20,18 @@ from pipelines.full import command  # noqa: E402, I001  first: it quietens the l
 
 from torch.cuda import device_count  # noqa: E402
 
-from loram.errors import refuse  # noqa: E402
-from loram.plan import size  # noqa: E402
+from loram.errors import UserError, refuse  # noqa: E402
+from loram.plan import Size, size  # noqa: E402
 from pipelines import results  # noqa: E402
 from pipelines.assets import home  # noqa: E402
 from pipelines.check import check, check_settings  # noqa: E402
-from pipelines.execute import CURVE, execute  # noqa: E402
+from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.launch import ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.lock import try_lock  # noqa: E402
 from pipelines.recipe import Recipe  # noqa: E402
-from pipelines.session import session  # noqa: E402
+from pipelines.session import Session, session  # noqa: E402
 from pipelines.step import Source, Step  # noqa: E402
 from pipelines.store import Store  # noqa: E402
 from tune import page  # noqa: E402
@@ -41,7 +40,7 @@ from tune.notes import Notes  # noqa: E402
 from tune.plan import Plan  # noqa: E402
 from tune.rungs import sft_of  # noqa: E402
 from tune.search import Outcome, capacity, most, search  # noqa: E402
-from tune.space import Space, replaced, space  # noqa: E402
+from tune.space import replaced, space  # noqa: E402
 
 
 def main(words: list[str] | None = None) -> int:
@@ -60,9 +59,9 @@ def main(words: list[str] | None = None) -> int:
     def go() -> int:
         if given.metric not in page.METRICS:
             refuse("--metric", repr(given.metric), ", ".join(page.METRICS))
-        for name in ("trials", "concurrent"):
-            if getattr(given, name) is not None and getattr(given, name) < 1:
-                refuse(f"--{name}", getattr(given, name), "1 or more")
+        for name, least in (("trials", 1), ("concurrent", 1), ("seed", 0)):
+            if getattr(given, name) is not None and getattr(given, name) < least:
+                refuse(f"--{name}", getattr(given, name), f"{least} or more")
         found, plain = space(given.recipe, given.changes)
         rest = given.trials, given.metric, given.seed, given.concurrent
         return run(Plan(given.recipe, tuple(plain), found, *rest))
@@ -85,18 +84,20 @@ def run(plan: Plan) -> int:
     if try_lock(mine / "lock") is None:
         refuse("sweep", f"{plan.key}, which another process runs", "one process at a time")
     model, sources = locate(recipe, store.root / "digests")
-    methods = sorted({each.prune.method for each in plan.space.recipes()})
-    tags = {"sweep": plan.key, "stage": "sweep", "variant": ", ".join(methods)}
+    variants = [each.prune.method for each in plan.space.recipes()]
+    tags = {"sweep": plan.key, "stage": "sweep", "variant": ", ".join(sorted(set(variants)))}
 
     def key(trained: Recipe) -> str:
         return sft_of(build(trained, model, sources)).key
 
     with session(recipe, store, f"sweep-{recipe.name}", tags) as here, _kept(store):
-        say, on, tracking = here.say, here.on, here.tracking
+        say, tracking = here.say, here.tracking
         say(f"LoRAM sweep {plan.key}: store {store.root}")
         start_ray()
         concurrent = capacity(recipe.place, plan.concurrent, most())
-        shared = _shared(plan.space, model, sources)
+        prepared = [_shared(build(r, model, sources)) for r in plan.space.recipes()]
+        shared = [step for steps in prepared for step in steps]
+        on = here.noted(zip(plan.space.recipes(), variants, prepared, strict=True))
         execute(shared, store, ray_launch, recipe.place, on)
         outcomes: list[Outcome] = []
         for number, group in enumerate(plan.space.combinations()):
@@ -118,19 +119,7 @@ def run(plan: Plan) -> int:
             for step in shared:
                 if flaw := store.flaw(step.slug, step.key):
                     raise FileNotFoundError(None, f"{step.slug}: {flaw}", str(store.root))
-            graphs = [_ends(build(o.recipe, model, sources)) for o in found]
-            targets = [
-                variant.evaluate
-                for graph, outcome in zip(graphs, found, strict=True)
-                for variant in graph.variants
-                if not outcome.error
-            ]
-            execute(targets, store, ray_launch, recipe.place, on)
-            for graph, outcome in zip(graphs, found, strict=True):
-                if not outcome.error:
-                    scores = results.headline(results.rows(graph, store, full))
-                    curve = store.entry(sft_of(graph).slug) / CURVE
-                    outcome = dataclasses.replace(outcome, scores=scores, curve=curve)
+            for outcome in _evaluated(found, model, sources, here, full):
                 follow.finish(outcome)
                 outcomes.append(outcome)
         out = here.report()
@@ -148,6 +137,35 @@ def run(plan: Plan) -> int:
     return 0
 
 
+def _evaluated(
+    found: list[Outcome], model: Source, sources: dict[str, Source], here: Session, full: Size
+) -> Iterator[Outcome]:
+    """The trials with their scores; one that cannot be evaluated is a failed one."""
+    graphs = [_ends(build(o.recipe, model, sources)) for o in found]
+    targets = [[variant.evaluate for variant in graph.variants] for graph in graphs]
+    methods = [o.recipe.prune.method for o in found]
+    on = here.noted(zip([o.recipe for o in found], methods, targets, strict=True))
+
+    def make(steps: list[Step]) -> None:
+        execute(steps, here.store, ray_launch, here.recipe.place, on)
+
+    well = [steps for steps, outcome in zip(targets, found, strict=True) if not outcome.error]
+    with contextlib.suppress(UserError, StepFailed):  # found again below, at its trial
+        make([step for steps in well for step in steps])
+    for graph, steps, outcome in zip(graphs, targets, found, strict=True):
+        if outcome.error:
+            yield outcome
+            continue
+        try:
+            make(steps)
+        except (UserError, StepFailed) as failure:
+            yield dataclasses.replace(outcome, error=str(failure))
+            continue
+        scores = results.headline(results.rows(graph, here.store, full))
+        curve = here.store.entry(sft_of(graph).slug) / CURVE
+        yield dataclasses.replace(outcome, scores=scores, curve=curve)
+
+
 @contextlib.contextmanager
 def _kept(store: Store) -> Iterator[None]:
     """One line about a store that disappears."""
@@ -160,14 +178,10 @@ def _kept(store: Store) -> Iterator[None]:
         refuse("store", found, "a directory that stays and can be written")
 
 
-def _shared(space: Space, model: Source, sources: dict[str, Source]) -> list[Step]:
-    """What all trials need before they train, and the base that they are compared with."""
-    found: list[Any] = []
-    for recipe in space.recipes():
-        graph = build(recipe, model, sources)
-        found += sft_of(graph).inputs.values()
-        found.append(graph.variants[0].evaluate)
-    return [node for node in found if isinstance(node, Step)]
+def _shared(graph: Graph) -> list[Step]:
+    """What a group's trials need before they train, and the base that they are compared with."""
+    inputs = [node for node in sft_of(graph).inputs.values() if isinstance(node, Step)]
+    return [*inputs, graph.variants[0].evaluate]
 
 
 def _ends(graph: Graph) -> Graph:

@@ -1,13 +1,13 @@
 """The trainings of a study: planned before anything runs, and read when they have run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from loram.plan import Size
 from pipelines import results
 from pipelines.graph import Graph, Variant, build
 from pipelines.recipe import Recipe
-from pipelines.step import Source, Step, order
+from pipelines.step import Source, Step
 from pipelines.store import Store
 from tune.arms import Arm, Study
 from tune.points import Cell, Cost, Point, costs
@@ -68,15 +68,11 @@ def evaluations(study: Study, trainings: list[Training]) -> list[Step]:
     return bases + [variant.evaluate for several in models for variant in several]
 
 
-def owners(study: Study, trainings: list[Training]) -> dict[str, tuple[Recipe, str]]:
-    """By the key of each step: a recipe that has it, and its variant, or `shared`."""
-    found: dict[str, tuple[Recipe, str]] = {}
+def wanted(study: Study, trainings: list[Training]) -> Iterator[tuple[Recipe, str, list[Step]]]:
+    """As `Session.noted` wants it: what each training is run for."""
     for t in trainings:
         variant = t.arm.recipe.compare[0] if t.arm.full else t.arm.recipe.prune.method
-        for step in order([*evaluations(study, [t]), t.sft]):
-            recipe, known = found.get(step.key, (t.recipe, variant))
-            found[step.key] = recipe, variant if known == variant else "shared"
-    return found
+        yield t.recipe, variant, [*evaluations(study, [t]), t.sft]
 
 
 def own_best(

@@ -119,7 +119,7 @@ def run(cell: dict) -> None:
         base_loss=round(rows[0].loss, 4),
         lora_loss=round(rows[1].loss, 4),
         loss=round(rows[2].loss, 4),
-        share=round(rows[2].share, 3),
+        share=None if rows[2].share is None else round(rows[2].share, 3),
         out_of_domain_perplexity=round(rows[2].out_of_domain_perplexity, 2),
         lora_out_of_domain_perplexity=round(rows[1].out_of_domain_perplexity, 2),
         held_mb=round(rows[2].bytes / 1e6, 1),

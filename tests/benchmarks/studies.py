@@ -27,7 +27,7 @@ TOLD = ("model", "inference", "ratio", "aligned")
 def main() -> None:
     """Run the studies, and keep what they say."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("studies", nargs="*", default=list(STUDIES))
+    parser.add_argument("studies", nargs="*", default=list(STUDIES), choices=STUDIES)
     for name in parser.parse_args().studies:
         began = time.perf_counter()
         command = [sys.executable, ROOT / "tune" / "study.py", name, "small", *STUDIES[name]]

@@ -4,7 +4,8 @@
 
 The sweep has a home of its own, in which nothing is finished yet. Seconds are those that the steps'
 records say. `startup_s`: of all trainings, rungs too, until their first step. `trials_alone_s` is
-reckoned, not run: the sum over the trials of all steps that each would have made in an empty store.
+reckoned, not run: the sum over the trials of all steps that each would have made in an empty store,
+as long as they took here, side by side with others.
 `pictures/` gets the plot of the report.
 """
 
@@ -20,17 +21,17 @@ from collections import Counter
 from pathlib import Path
 
 from pipelines.assets import home
-from pipelines.graph import build
+from pipelines.graph import Graph, build
 from pipelines.locate import locate
 from pipelines.recipes import resolve
-from pipelines.step import Step, order
+from pipelines.step import order
 from pipelines.store import Store
 from tests.benchmarks import PICTURES, ROOT, keep
+from tune.rungs import rungs, sft_of, stopped
 
-STEPS = 12
 SHORT = [
     "nf4=false",
-    f"sft.steps={STEPS}",
+    "sft.steps=12",
     "sft.eval_every=4",
     "align.steps=8",
     "align.eval_every=8",
@@ -63,8 +64,9 @@ def report(where: Path, wall: float) -> None:
     (trials,) = store.root.glob("reports/sweep-*/trials.json")
     PICTURES.mkdir(exist_ok=True)
     shutil.copyfile(trials.with_name("large_loss-sft-lr.svg"), PICTURES / "sweep.svg")
-    made = [steps(trial, store) for trial in json.loads(trials.read_text())]
-    mine = [store.record(step.slug) for of_one in made for step in of_one]
+    told = [trial for trial in json.loads(trials.read_text()) if not trial["error"]]
+    made = [alone(trial, store) for trial in told]
+    mine = [record for records, _ in made for record in records]
     keep(
         "sweep",
         ratios=2,
@@ -78,18 +80,25 @@ def report(where: Path, wall: float) -> None:
         training_s=round(sum(r["metrics"]["train_seconds"] for r in mine if r["name"] == "sft")),
         startup_s=round(sum(training["startup_seconds"] for training in trainings)),
         steps_s=round(sum(record["seconds"] for record in records)),
-        trials_alone_s=round(sum(record["seconds"] for record in mine)),
+        trials_alone_s=round(sum(r["seconds"] for r in mine) + sum(more for _, more in made)),
     )
 
 
-def steps(trial: dict, store: Store) -> list[Step]:
-    """All that a trial alone would have made."""
-    stop = trial["steps"] if trial["steps"] < STEPS else None
-    values = {key: trial[key] for key in ("sft.lr", "prune.ratio")} | {"sft.stop": stop}
+def alone(trial: dict, store: Store) -> tuple[list[dict], float]:
+    """The records of all steps that a trial alone would have made, and what these say too little:
+    that of the last rung does not count the training before it."""
+    values = {key: trial[key] for key in ("sft.lr", "prune.ratio")}
     changes = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     recipe = resolve("small", [*SHORT, "compare=[]", *changes])
-    graph = build(recipe, *locate(recipe, store.root / "digests"))
-    return order([graph.variants[0].evaluate, graph.variants[-1].evaluate])
+
+    def graph(step: int) -> Graph:
+        return build(stopped(recipe, step), *locate(recipe, store.root / "digests"))
+
+    ended = graph(trial["steps"]).variants
+    made = order([ended[0].evaluate, ended[-1].evaluate])
+    earlier = [step for step in rungs(recipe.sft) if step < trial["steps"]]
+    before = [store.record(sft_of(graph(step)).slug)["metrics"] for step in earlier[-1:]]
+    return [store.record(s.slug) for s in made], sum(m["train_seconds"] for m in before)
 
 
 if __name__ == "__main__":
