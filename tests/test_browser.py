@@ -193,8 +193,9 @@ def test_the_report_opens_from_the_artifacts_of_the_sweep(browser, sweep):
     browser.find("//h1[starts-with(., 'LoRAM sweep')]")
     first = browser.texts("table:first-of-type tr td:first-child")
     assert set(first) >= {trial["trial"] for trial in sweep.trials}
-    widths = browser.driver.execute_script("return [...document.images].map(i => i.naturalWidth)")
-    assert len(widths) == sweep.pictures and all(widths)
+    script = "return [...document.images].filter(i => i.naturalWidth).length"
+    loaded = browser.until("the pictures", lambda: browser.driver.execute_script(script))
+    assert loaded == sweep.pictures == len(browser.driver.find_elements(By.TAG_NAME, "img"))
     browser.keep("report")
 
 

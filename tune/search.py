@@ -73,7 +73,8 @@ def capacity(place: Place, asked: int | None, cluster: dict[str, float]) -> int:
     room = min(int(cluster[name] // n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n)
     if room < (asked or 1):
         found = f"{asked or 1} trials of {cpus} CPUs and {gpus} GPUs each"
-        refuse("--concurrent", found, f"at most {room} on this cluster")
+        setting = "--concurrent" if asked else "place.workers"
+        refuse(setting, found, f"at most {room} on this cluster")
     return asked or room
 
 
