@@ -101,7 +101,8 @@ def run(cell: dict) -> None:
     changes = [f"prune.method={cell['method']}", f"correct={json.dumps(cell['correct'])}"]
     changes += [f"prune.ratio={cell['ratio']}"] if cell["ratio"] else []
     changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
-    recipe = resolve("small", [*changes, *WAYS[cell["way"]], "place.cpus_per_worker=1"])
+    changes += ["compensate.rank=0", 'distil.trained=""', *WAYS[cell["way"]]]  # each way says it
+    recipe = resolve("small", [*changes, "place.cpus_per_worker=1"])
     recipe = seeded(recipe, cell["seed"], recipe.sft.lr)  # as a study, which uses what this made
     store = Store(home() / "store")
     graph = build(recipe, *locate(recipe, store.root / "digests"))

@@ -16,9 +16,10 @@ import time
 from pipelines.assets import home
 from tests.benchmarks import PICTURES, ROOT, keep
 
+PAPER = ["nf4=false", "compensate.rank=0", 'distil.trained=""']  # the method as it is there
 STUDIES = {
-    "recovery": ["nf4=false", "--methods", "stru", "rand", "--seeds", "0", "1", "2"],
-    "ratio": ["nf4=false", "--methods", "stru", "--ratios", "0.35", "0.65", "0.85"],
+    "recovery": [*PAPER, "--methods", "stru", "rand", "--seeds", "0", "1", "2"],
+    "ratio": [*PAPER, "--methods", "stru", "--ratios", "0.35", "0.65", "0.85"],
 }
 NAMES = ("loss", "perplexity", "out_of_domain_perplexity", "score")
 TOLD = ("model", "inference", "ratio", "aligned")

@@ -31,6 +31,8 @@ from tune.rungs import rungs, sft_of, stopped
 
 SHORT = [
     "nf4=false",
+    "compensate.rank=0",
+    'distil.trained=""',
     "sft.steps=12",
     "sft.eval_every=4",
     "align.steps=8",
