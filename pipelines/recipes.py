@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loram.adapter import AdapterConfig
+from loram.compensate import CompensateConfig
+from loram.distil import DistilConfig
 from loram.errors import refuse
 from loram.prune import PruneConfig, ratio
 from loram.train import TrainConfig
@@ -38,6 +40,9 @@ def small() -> Recipe:
             rows=100,
         ),
         calibration_rows=16,
+        # What kept most of full LoRA's gain, of all ways that read general text too.
+        compensate=CompensateConfig(rank=64),
+        distil=DistilConfig(trained="stand_ins"),
         align=TrainConfig(steps=20, lr=5e-5, global_batch=4, warmup_steps=4, eval_every=10),
         # A CPU takes a third of a step to draw dropout's masks, and no row is seen twice.
         adapter=AdapterConfig(dropout=0.0),
@@ -60,6 +65,8 @@ def test() -> Recipe:
         evaluate=dataclasses.replace(recipe.evaluate, rows=16),
         prune=PruneConfig(keep_first=1, keep_last=1, ratio=0.5),
         calibration_rows=2,
+        compensate=CompensateConfig(),
+        distil=DistilConfig(),
         align=train,
         sft=train,
         place=Place(cpus_per_worker=1),

@@ -74,8 +74,8 @@ def test_studies_share_one_store(ran):
 
 def test_the_numbers_say_what_each_study_asks(ran):
     recovery, _ = result(ran, "recovery")
-    corners = {(p["inference"], p["aligned"]) for p in recovery["points"]}
-    assert len(recovery["points"]) == len(corners) == 1 + 1 + 4  # base, full LoRA, the corners
+    points = [(p["model"], p["inference"], p["aligned"]) for p in recovery["points"]]
+    assert len(points) == len(set(points)) == 1 + 1 + 4  # base, full LoRA, the corners
     steps, _ = result(ran, "steps")
     at = [p["step"] for p in steps["points"] if p["inference"] == "large"]
     assert at == [2, 4] and not steps["best_rates"]
