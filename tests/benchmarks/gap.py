@@ -4,7 +4,7 @@
         [--ways none align ...] [--seeds 0 1 2] [--sft-steps 20] [--nf4]
 
 The recipe `small`, in 16 bits or 4, on the shared store: base, full LoRA, scores and cuts are made
-once; a cell a core, on a thread each. `none` is the method without alignment, `align` the paper's.
+once; the start of a cell's step overlaps with another cell's. `none` is the method without alignment, `align` the paper's.
 Cells that results.jsonl has are not run again. Where weights were changed each way is run with and
 without the correction of the recovered adapter; elsewhere that does nothing. `bound` is LoRA on the
 full model at the kept positions, `qlora` QLoRA on the full model.
@@ -102,7 +102,7 @@ def run(cell: dict) -> None:
     changes += [f"prune.ratio={cell['ratio']}"] if cell["ratio"] else []
     changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
     changes += ["compensate.rank=0", 'distil.trained=""', *WAYS[cell["way"]]]  # each way says it
-    recipe = resolve("small", [*changes, "place.cpus_per_worker=1"])
+    recipe = resolve("small", changes)
     recipe = seeded(recipe, cell["seed"], recipe.sft.lr)  # as a study, which uses what this made
     store = Store(home() / "store")
     graph = build(recipe, *locate(recipe, store.root / "digests"))
