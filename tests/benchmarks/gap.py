@@ -4,10 +4,10 @@
         [--ways none align ...] [--seeds 0 1 2] [--sft-steps 20] [--nf4]
 
 The recipe `small`, in 16 bits or 4, on the shared store: base, full LoRA, scores and cuts are made
-once; the start of a cell's step overlaps with another cell's. `none` is the method without alignment, `align` the paper's.
-Cells that results.jsonl has are not run again. Where weights were changed each way is run with and
-without the correction of the recovered adapter; elsewhere that does nothing. `bound` is LoRA on the
-full model at the kept positions, `qlora` QLoRA on the full model.
+once; while a step of one cell starts, one of another computes. `none` is the method without
+alignment, `align` the paper's. Cells that results.jsonl has are not run again. Where weights were
+changed each way is run with and without the correction of the recovered adapter; elsewhere that
+does nothing. `bound` is LoRA on the full model at the kept positions, `qlora` QLoRA on it.
 """
 
 import argparse
