@@ -83,10 +83,15 @@ def ray_launch(
     return future
 
 
-def _alone(*args: Any) -> Metrics:
-    """Run the step in a worker that may have run others: the most memory it held is its own."""
+def _alone(step: Step, *rest: Any) -> Metrics:
+    """Run the step in a worker that may have run others: the most memory it held is its own, and
+    torch, which took its number of threads from the first of them, uses the CPUs of this one."""
     forget_peak()
-    return run(*args)
+    if step.cpus:
+        import torch  # steps without CPUs do without
+
+        torch.set_num_threads(int(step.cpus))
+    return run(step, *rest)
 
 
 def _bare(error: BaseException) -> BaseException:

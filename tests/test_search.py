@@ -2,18 +2,13 @@
 
 import itertools
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
-import ray
 from ray.tune.search.optuna import OptunaSearch
 
 from loram.errors import UserError
-from pipelines.launch import ray_launch, start_ray
 from pipelines.place import Place
-from pipelines.step import Step
-from pipelines.steps import Empty
 from tune.notes import Notes
 from tune.search import _Asha, _domain, _Ends, _points, capacity
 from tune.space import Range
@@ -94,25 +89,3 @@ def test_trials_at_a_time():
         capacity(Place(cpus_per_worker=2), 5, cluster)
     with pytest.raises(UserError, match="at most 0"):
         capacity(Place(cpus_per_worker=2, gpus_per_worker=1), None, cluster)
-
-
-def sleep(config: Empty, *, out, work, place):
-    time.sleep(300)
-    return {}
-
-
-@pytest.mark.timeout(300)
-def test_a_step_that_ray_kills_for_its_memory_fails_and_is_not_started_for_ever(
-    tmp_path, monkeypatch
-):
-    """Ray's own memory monitor, with a limit that every process is above."""
-    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    start_ray()
-    try:
-        future = ray_launch(Step("sleep", sleep, Empty()), {}, tmp_path, tmp_path, None)
-        with pytest.raises(ray.exceptions.OutOfMemoryError):
-            future.result(200)
-    finally:
-        ray.shutdown()

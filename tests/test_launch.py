@@ -1,0 +1,61 @@
+"""Steps as Ray tasks: the threads that they have, and the end of one that takes too much memory."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from pipelines.launch import ray_launch, start_ray
+from pipelines.step import Step
+from pipelines.steps import Empty
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """A Ray of its own, once the test has started it, that need not find this file."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def threads(config: Empty, *, out, work, place):
+    return {"threads": torch.get_num_threads(), "process": os.getpid()}
+
+
+def made(name: str, root: Path, cpus: int) -> dict:
+    step, out = Step(name, threads, Empty(), cpus=cpus), root / name
+    out.mkdir()
+    return ray_launch(step, {}, out, root / "work", None).result(200)
+
+
+def test_a_step_has_as_many_threads_as_cpus_in_a_process_that_had_fewer(away, tmp_path):
+    start_ray()
+    cpus = os.cpu_count()
+    light, heavy = made("light", tmp_path, 0), made("heavy", tmp_path, cpus)
+    assert light["process"] == heavy["process"]
+    assert heavy["threads"] == cpus
+
+
+def sleep(config: Empty, *, out, work, place):
+    time.sleep(300)
+    return {}
+
+
+def test_a_step_that_ray_kills_for_its_memory_fails_and_is_not_started_for_ever(
+    away, tmp_path, monkeypatch
+):
+    """Ray's own memory monitor, with a limit that every process is above."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    start_ray()
+    future = ray_launch(Step("sleep", sleep, Empty()), {}, tmp_path, tmp_path, None)
+    with pytest.raises(ray.exceptions.OutOfMemoryError):
+        future.result(200)
