@@ -109,5 +109,5 @@ def test_mlflow_has_one_run_a_study_and_the_steps_that_ran_below_it(ran):
     ]
     assert {run.data.tags["variant"] for run in below} == {"stru", "lora"}
     assert {float(run.data.params["sft.lr"]) for run in below} == {3e-3}
-    (corpus,) = [run for run in runs if run.data.tags["stage"] == "corpus"]
-    assert corpus.data.tags["variant"] == "shared" and corpus.data.tags["key"]
+    (instruct,) = [run for run in runs if run.data.tags["stage"] == "instruct"]
+    assert instruct.data.tags["variant"] == "shared" and instruct.data.tags["key"]
