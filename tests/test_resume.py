@@ -34,7 +34,7 @@ from pipelines.place import Place
 
 stage, workers, data, name, lr = sys.argv[1:]
 data, config = Path(data), TrainConfig(
-    steps=30, lr=float(lr), global_batch=8, seq_len=64, warmup_steps=3, eval_every=6, seed=1
+    steps=60, lr=float(lr), global_batch=8, seq_len=64, warmup_steps=3, eval_every=6, seed=1
 )
 start_ray()
 try:
@@ -71,7 +71,7 @@ def drive(
             stderr=log,
             env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
         )
-    for kill, after in zip(kills, sorted(random.sample(range(7, 28), len(kills))), strict=True):
+    for kill, after in zip(kills, sorted(random.sample(range(7, 40), len(kills))), strict=True):
         while not curve.exists() or f'"step": {after},' not in curve.read_text():
             assert driver.poll() is None, (data / name / "log").read_text()[-3000:]
             time.sleep(0.02)
