@@ -140,9 +140,9 @@ def test_an_adapter_on_one_worker(data):
 
 def test_alignment_divided_over_two_workers(data):
     assert drive(data, "align", 2, "whole")
-    assert drive(data, "align", 2, "killed", kill_a_worker, kill_the_driver) is None
-    assert drive(data, "align", 2, "killed")
-    assert_equal_runs(data, "whole", "killed", 2)
+    assert drive(data, "align", 2, "cut", kill_a_worker, kill_the_driver) is None
+    assert drive(data, "align", 2, "cut")
+    assert_equal_runs(data, "whole", "cut", 2)
 
 
 def test_divergence_is_said_at_once(data):
