@@ -151,17 +151,19 @@ class Tracking:
                 error=redact(event.text),
             )
 
-    def begin(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """A nested run with params and tags of its own, such as a sweep's trial."""
-        self._write(op="start", key=name, name=name, curve="", params=flat(params), tags=flat(tags))
+    def begin(
+        self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> None:
+        """A nested run with a name, params and tags of its own, such as a sweep's trial."""
+        self._write(op="start", key=key, name=name, curve="", params=flat(params), tags=flat(tags))
 
     def finish(
-        self, name: str, metrics: Mapping[str, float | str], curve: Path | None, error: str
+        self, key: str, metrics: Mapping[str, float | str], curve: Path | None, error: str
     ) -> None:
         """Close what `begin` opened; curve: its `metrics.jsonl`. An error makes it FAILED."""
         self._write(
             op="finish",
-            key=name,
+            key=key,
             status="FAILED" if error else "FINISHED",
             curve=str(curve or ""),
             metrics=dict(metrics),

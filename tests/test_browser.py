@@ -22,6 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.test_jobs import free_ports
 from tests.test_tracking_kill import server
+from tune.follow import shown
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 OUTPUT = Path(__file__).parents[1] / "test-output"
@@ -90,7 +91,7 @@ def sweep(swept, uri) -> Sweep:
     ended = "tags.stage = 'sweep' and attributes.status = 'FINISHED'"
     (run,) = client.search_runs([experiment], ended)
     nested = f"tags.stage = 'trial' and tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-    ids = {r.info.run_name: r.info.run_id for r in client.search_runs([experiment], nested)}
+    ids = {r.data.tags["trial"]: r.info.run_id for r in client.search_runs([experiment], nested)}
     report = swept[0] / "store" / "reports" / run.info.run_name
     trials = json.loads((report / "trials.json").read_text())
     assert len({trial["steps"] for trial in trials}) == 2, "no trial was stopped early"
@@ -137,9 +138,10 @@ def plotted(browser: Browser, figure: str, of: str) -> Any:
 def test_the_comparison_has_a_column_for_every_trial(comparison, sweep):
     names = "//th[.='Run Name:']/following-sibling::td"
     comparison.find(names)
-    shown = [cell.text for cell in comparison.driver.find_elements(By.XPATH, names)]
-    assert sorted(shown) == sorted(trial["trial"] for trial in sweep.trials)
-    varied = ["prune.ratio", "sft.lr"]  # MLflow's first choice, with some metric
+    found = [cell.text for cell in comparison.driver.find_elements(By.XPATH, names)]
+    varied = ["prune.ratio", "sft.lr"]  # also MLflow's first choice of axes, with some metric
+    values = [{name: trial[name] for name in varied} for trial in sweep.trials]
+    assert sorted(found) == sorted(map(shown, values))
     comparison.until(f"axes {varied}", lambda: comparison.texts(AXES)[:2] == varied)
     comparison.keep("comparison")
 

@@ -22,6 +22,8 @@ class Follow:
     A trial's run in MLflow is open from its first note until `finish`.
 
     Args:
+        group: the values that all its trials have.
+        recipe: without them.
         key: that of the training of a recipe.
     """
 
@@ -30,12 +32,13 @@ class Follow:
         notes: Notes,
         tracking: Tracking,
         sweep: str,
+        group: dict[str, Value],
         recipe: Recipe,
         key: Callable[[Recipe], str],
         say: Callable[..., None],
     ) -> None:
         self.notes, self.tracking, self.sweep = notes, tracking, sweep
-        self.recipe, self.key, self.say = recipe, key, say
+        self.group, self.recipe, self.key, self.say = group, recipe, key, say
         self.at = notes.file.stat().st_size  # after those of an earlier driver
         self.open: set[str] = set()
         self.stopped = threading.Event()
@@ -56,7 +59,7 @@ class Follow:
 
     def finish(self, outcome: Outcome) -> None:
         """Close the trial's run with its scores and the curve of its training."""
-        self._begin(outcome.name, outcome.recipe)
+        self._begin(outcome.name, outcome.values)
         metrics: Metrics = {
             **outcome.scores,
             "steps_trained": outcome.step,
@@ -76,22 +79,24 @@ class Follow:
                     self._say(note)
 
     def _say(self, note: dict[str, Any]) -> None:
-        self._begin(note["trial"], replaced(self.recipe, note["values"]))
+        self._begin(note["trial"], self.group | note["values"])
         text = "running"
         if "step" in note:
             text = note["error"] or f"step {note['step']}  held-out {note['held_out_loss']:.4f}"
         self.say(f"  trial {note['trial']:12} {shown(note['values'])}  {text}", markup=False)
 
-    def _begin(self, name: str, recipe: Recipe) -> None:
+    def _begin(self, name: str, values: dict[str, Value]) -> None:
         if name not in self.open:
             self.open.add(name)
+            recipe = replaced(self.recipe, values)
             tags = {
                 "sweep": self.sweep,
+                "trial": name,  # as in the table
                 "stage": "trial",
                 "variant": recipe.prune.method,
                 "key": self.key(recipe),
             }
-            self.tracking.begin(name, flat(recipe), tags)
+            self.tracking.begin(name, shown(values) or name, flat(recipe), tags)
 
 
 def shown(values: dict[str, Value]) -> str:

@@ -103,7 +103,7 @@ def run(plan: Plan) -> int:
         for number, group in enumerate(plan.space.combinations()):
             say(f"search: {shown(group) or 'one group'}")
             notes, chosen = Notes.open(mine / str(number)), replaced(recipe, group)
-            with Follow(notes, tracking, plan.key, chosen, key, say) as follow:
+            with Follow(notes, tracking, plan.key, group, recipe, key, say) as follow:
                 found = search(
                     group,
                     chosen,
