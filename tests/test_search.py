@@ -51,13 +51,26 @@ def test_what_was_noted_is_proposed_again_to_the_last_bit():
 
 def test_lists_are_tried_once_each_and_ranges_go_on_with_what_was_begun():
     lists = {"adapter.r": [4, 8], "sft.lr": [1e-3, 2e-3]}
-    points, trials = _points(lists, [{"adapter.r": 8, "sft.lr": 1e-3}], 9)
+    points, trials = _points(lists, [{"adapter.r": 8, "sft.lr": 1e-3}], 9, 0)
     every = [dict(zip(lists, pair, strict=True)) for pair in itertools.product(*lists.values())]
     assert (points, trials) == (every, 4)
-    begun = [{"adapter.r": 4, "sft.lr": 1e-3}]
-    assert _points(lists, begun, 3) == (begun, 3)
-    assert _points(lists | {"sft.clip": Range(0.1, 1)}, begun, 9) == (begun, 9)
-    assert _points({}, [{}], 9) == ([{}], 1)
+    begun = [{"adapter.r": 4, "sft.clip": 0.3}]
+    ranged = {"adapter.r": [4, 8], "sft.clip": Range(0.1, 1)}
+    points, trials = _points(ranged, begun, 3, 0)
+    assert points[:1] == begun and (len(points), trials) == (3, 3)
+    assert _points({}, [{}], 9, 0) == ([{}], 1)
+
+
+def test_the_first_trials_are_spread_evenly_and_again_the_same():
+    searched = {"sft.lr": Range(1e-5, 1e-1), "adapter.r": [4, 8], "sft.warmup_steps": Range(1, 100)}
+    points, _ = _points(searched, [], 4, 0)
+    columns = {key: sorted(point[key] for point in points) for key in searched}
+    assert columns["sft.lr"] == pytest.approx([10**-4.5, 10**-3.5, 10**-2.5, 10**-1.5])
+    assert columns["adapter.r"] == [4, 4, 8, 8]
+    assert columns["sft.warmup_steps"] == [2, 6, 18, 56]
+    assert _points(searched, points[:2], 4, 0)[0] == points
+    assert _points(searched, [], 4, 1)[0] != points
+    assert len(_points(searched, [], 99, 0)[0]) == 10
 
 
 @pytest.mark.parametrize(("again", "decision"), [(False, "STOP"), (True, "CONTINUE")])

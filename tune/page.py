@@ -96,20 +96,23 @@ UNITS = {
 
 
 def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
-    """The final metric over one searched field, a colour a group; early-stopped trials hollow."""
+    """The final metric over one searched field, a colour a group; early-stopped trials hollow.
+
+    A line joins those that trained to the end: others compare with each other alone.
+    """
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     groups = plan.space.combinations()
     for number, group in enumerate(groups):
         mine = [o for o in outcomes if o.scores and group.items() <= o.values.items()]
         mine.sort(key=lambda o: str(o.values[key]) if isinstance(o.values[key], str) else 0)
         mine.sort(key=lambda o: 0 if isinstance(o.values[key], str) else o.values[key])
-        points = [(o.values[key], o.scores[plan.metric]) for o in mine]
-        if not points:
+        if not mine:
             continue
-        axes.plot(*zip(*points, strict=True), "-", color=f"C{number}", lw=0.8)
-        for o, point in zip(mine, points, strict=True):
-            fill = f"C{number}" if o.step == o.recipe.sft.steps else "white"
-            axes.plot(*point, "o", mec=f"C{number}", mfc=fill, ms=6)
+        for ended, line, fill in ((True, "o-", f"C{number}"), (False, "o", "white")):
+            these = [o for o in mine if (o.step == o.recipe.sft.steps) == ended]
+            x = [o.values[key] for o in these]
+            y = [o.scores[plan.metric] for o in these]
+            axes.plot(x, y, line, color=f"C{number}", mfc=fill, ms=6, lw=0.8)
         axes.plot([], [], "o-", color=f"C{number}", label=shown(group) or "all trials")
     axes.plot([], [], "o", mec="grey", mfc="white", label="stopped early")
     base = next(o.scores["base_loss"] for o in outcomes if o.scores)

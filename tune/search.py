@@ -1,5 +1,8 @@
 """One search: Optuna proposes, ASHA stops, Ray Tune runs; all trials start from one small model.
 
+What Optuna would draw at random, before it has trials to learn from, is spread evenly instead: four
+random learning rates may well lie side by side.
+
 A search that was killed is played again: the trials that its notes hold go first, with their
 values, and the store has what they trained. What was over is not stopped anew, and what failed is
 tried again. (The restoring of Ray Tune goes back to its last
@@ -20,6 +23,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
+from scipy.stats import qmc
 
 from loram.errors import refuse
 from pipelines.place import Place
@@ -31,6 +35,7 @@ from tune.space import Range, Space, Value, replaced
 from tune.trial import trial
 
 TRIAL_BYTES = 300e6  # that the process of a trial takes; its training is another
+SPREAD = 10  # trials before Optuna proposes: as many as its TPE sampler draws at random
 KILLS = 2  # restarts of a trial whose process was killed
 
 
@@ -104,7 +109,7 @@ def search(
     # Its training has CPUs of its own, and Tune wants a trial to ask for something.
     trainable = tune.with_resources(given, {"memory": TRIAL_BYTES})
     domains = {key: _domain(found) for key, found in searched.items()}
-    points, trials = _points(searched, notes.begun(), trials)
+    points, trials = _points(searched, notes.begun(), trials, seed)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other kind prints boxes whatever the verbosity
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would go on with trials that were cut off
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
@@ -168,14 +173,33 @@ class _Ends(tune.Callback):
 
 
 def _points(
-    searched: dict[str, Range | list[Value]], begun: list[dict[str, Value]], trials: int
+    searched: dict[str, Range | list[Value]],
+    begun: list[dict[str, Value]],
+    trials: int,
+    seed: int,
 ) -> tuple[list[dict[str, Value]], int]:
     """The values to try first, and how many trials there are: lists have an end."""
     lists = [found for found in searched.values() if isinstance(found, list)]
     if len(lists) == len(searched) and math.prod(map(len, lists)) <= trials:
         points = [dict(zip(searched, values, strict=True)) for values in itertools.product(*lists)]
         return points, len(points)
-    return begun[:trials], trials
+    fresh = [point for point in _spread(searched, min(trials, SPREAD), seed) if point not in begun]
+    return [*begun, *fresh][:trials], trials
+
+
+def _spread(
+    searched: dict[str, Range | list[Value]], count: int, seed: int
+) -> list[dict[str, Value]]:
+    """A Latin hypercube: each field's values are the middles of `count` equal parts (of a range,
+    equal in the logarithm), in an order of its own."""
+    cells = qmc.LatinHypercube(len(searched), scramble=False, rng=seed).random(count)
+    return [
+        {
+            key: found.at(x) if isinstance(found, Range) else found[int(x * len(found))]
+            for (key, found), x in zip(searched.items(), cell, strict=True)
+        }
+        for cell in cells.tolist()
+    ]
 
 
 def _domain(found: Range | list[Value]) -> Any:

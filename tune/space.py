@@ -25,6 +25,11 @@ class Range:
     low: float
     high: float
 
+    def at(self, share: float) -> float:
+        """The value at a share in [0, 1] of the way from low to high, in the logarithm."""
+        value = self.low * (self.high / self.low) ** share
+        return round(value) if isinstance(self.low, int) and isinstance(self.high, int) else value
+
 
 @dataclass(frozen=True)
 class Space:
