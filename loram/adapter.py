@@ -18,7 +18,7 @@ from loram.errors import refuse
 from loram.kept import Kept
 from loram.masked import PEFT_TYPE, MaskedLora, set_masks_
 from loram.masks import copy_masks
-from loram.model import load, read_config, save
+from loram.model import load, local, read_config, save
 from loram.prune import copy_companions
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -204,11 +204,11 @@ def open_adapted(
         masked=True,
     )
     adapted = attach(model, settings, masks=adapter)
-    set_peft_model_state_dict(adapted, load_file(Path(adapter) / WEIGHTS, device=device))
+    set_peft_model_state_dict(adapted, load_file(Path(adapter) / WEIGHTS))
     return adapted.eval()
 
 
-def merge(base: Path, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def merge(base: str | Path, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write `base` with the adapter added to its weights, as an ordinary model directory.
 
     The sum is done in float32 and rounded once to `dtype`: the base weights were never quantised,
@@ -216,4 +216,4 @@ def merge(base: Path, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloa
     """
     merged = open_adapted(base, adapter, dtype=torch.float32).merge_and_unload()
     save(merged.to(dtype), Path(out))
-    copy_companions(Path(base), Path(out))
+    copy_companions(local(base), Path(out))

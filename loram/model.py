@@ -31,6 +31,7 @@ def load(
         dtype: dtype of the weights, and with NF4 of those that stay unquantised and of compute.
         nf4: quantise the decoder's linears to NF4 with double quantisation while loading; a
             directory that was saved in NF4 is opened as such without it.
+        device: or `auto`: on the GPU what fits there, the rest in memory until it is needed there.
 
     Raises:
         UserError: the directory is not a model, or one of another architecture.
@@ -41,7 +42,7 @@ def load(
         path,
         config=config,
         dtype=dtype,
-        device_map={"": device},
+        device_map=device if device == "auto" else {"": device},
         quantization_config=quantisation,
         trust_remote_code=False,
         use_safetensors=True,

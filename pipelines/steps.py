@@ -214,11 +214,8 @@ def evaluate(
 ) -> Metrics:
     """Loss in nats a trained token and perplexity on held-out rows, in and out of domain; if asked
     for, `strict_match`, the share of in-domain problems answered right, of `answered`."""
-    opened = (
-        open_adapted(model, adapter, device=place.device)
-        if adapter
-        else load(model, device=place.device)
-    )
+    device = "auto" if place.device == "cuda" else "cpu"  # a 70B model is more than a GPU holds
+    opened = open_adapted(model, adapter, device=device) if adapter else load(model, device=device)
     metrics: Metrics = {}
     for domain, path in (("in_domain", in_domain), ("out_of_domain", out_of_domain)):
         packed = Packed(path / "held_out")

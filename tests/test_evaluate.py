@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import tiny_model
 from rows import packed_rows
 from transformers import AutoTokenizer
@@ -19,6 +20,7 @@ from loram.evaluate import (
     stop_tokens,
     strict_match,
 )
+from loram.model import load, save
 from loram.packing import Packed, batches, best_fit, write_packed
 
 
@@ -59,6 +61,16 @@ def test_perplexity_does_not_depend_on_the_batches_nor_change_the_model(packed):
     assert ones["loss"] == pytest.approx(total / ones["tokens"], rel=1e-5)
     assert model.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_layers_that_do_not_fit_on_the_device_wait_outside(packed, tmp_path):
+    save(tiny_model("llama").bfloat16(), tmp_path)
+    model, waiting = load(tmp_path), load(tmp_path, device="auto")
+    for layer in waiting.model.layers:
+        cpu_offload(layer, torch.device("cpu"))  # as `auto` does on a GPU that is too small
+        assert {w.device.type for w in layer.parameters()} == {"meta"}
+    here, there = (perplexity(m, batches(packed, range(8), 4)) for m in (model, waiting))
+    assert here == there
 
 
 def test_nothing_to_evaluate(packed):
