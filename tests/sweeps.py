@@ -16,8 +16,8 @@ from pipelines.assets import home
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["test", "align.steps=0", "nf4=false"]
 SWEEP = ["tune/sweep.py", *SETTINGS, "sft.lr=1e-4..1e-2", "prune.ratio=0.25,0.5", "--trials", "2"]
-# With this seed the second rate of the first search is the worse one, and is stopped early.
-SWEEP += ["--seed", "6", "--concurrent", "1"]
+# The higher rate goes first, and the other, which is worse, is stopped early.
+SWEEP += ["--concurrent", "1"]
 
 
 @contextmanager
