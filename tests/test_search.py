@@ -54,6 +54,10 @@ def test_lists_are_tried_once_each_and_ranges_go_on_with_what_was_begun():
     points, trials = _points(lists, [{"adapter.r": 8, "sft.lr": 1e-3}], 9, 0)
     every = [dict(zip(lists, pair, strict=True)) for pair in itertools.product(*lists.values())]
     assert (points, trials) == (every, 4)
+    begun = [{"adapter.r": 4, "sft.lr": 1e-3}]
+    points, trials = _points(lists, begun, 3, 0)
+    assert points[:1] == begun and trials == 3 >= len(points)
+    assert all(points.count(point) == 1 for point in points)
     begun = [{"adapter.r": 4, "sft.clip": 0.3}]
     ranged = {"adapter.r": [4, 8], "sft.clip": Range(0.1, 1)}
     points, trials = _points(ranged, begun, 3, 0)

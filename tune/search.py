@@ -183,8 +183,11 @@ def _points(
     if len(lists) == len(searched) and math.prod(map(len, lists)) <= trials:
         points = [dict(zip(searched, values, strict=True)) for values in itertools.product(*lists)]
         return points, len(points)
-    fresh = [point for point in _spread(searched, min(trials, SPREAD), seed) if point not in begun]
-    return [*begun, *fresh][:trials], trials
+    points = list(begun)
+    for point in _spread(searched, min(trials, SPREAD), seed):
+        if point not in points:  # in a short list, or in few whole numbers, two may be the same
+            points.append(point)
+    return points[:trials], trials
 
 
 def _spread(
