@@ -108,12 +108,15 @@ def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
         mine.sort(key=lambda o: 0 if isinstance(o.values[key], str) else o.values[key])
         if not mine:
             continue
-        for ended, line, fill in ((True, "o-", f"C{number}"), (False, "o", "white")):
+        name = shown(group) or "all trials"
+        for ended, line, fill, label in (
+            (True, "o-", f"C{number}", name),
+            (False, "o", "white", ""),
+        ):
             these = [o for o in mine if (o.step == o.recipe.sft.steps) == ended]
             x = [o.values[key] for o in these]
             y = [o.scores[plan.metric] for o in these]
-            axes.plot(x, y, line, color=f"C{number}", mfc=fill, ms=6, lw=0.8)
-        axes.plot([], [], "o-", color=f"C{number}", label=shown(group) or "all trials")
+            axes.plot(x, y, line, color=f"C{number}", mfc=fill, ms=6, lw=0.8, label=label)
     axes.plot([], [], "o", mec="grey", mfc="white", label="stopped early")
     base = next(o.scores["base_loss"] for o in outcomes if o.scores)
     if plan.metric == "large_loss":
