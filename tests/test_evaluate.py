@@ -10,6 +10,7 @@ from conftest import tiny_model
 from rows import packed_rows
 from transformers import AutoTokenizer
 
+from loram.adapter import AdapterConfig, attach, open_adapted
 from loram.data import encode_chat
 from loram.evaluate import (
     Problem,
@@ -70,6 +71,14 @@ def test_layers_that_do_not_fit_on_the_device_wait_outside(packed, tmp_path):
         cpu_offload(layer, torch.device("cpu"))  # as `auto` does on a GPU that is too small
         assert {w.device.type for w in layer.parameters()} == {"meta"}
     here, there = (perplexity(m, batches(packed, range(8), 4)) for m in (model, waiting))
+    assert here == there
+    adapted = attach(model, AdapterConfig(r=2))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    adapted.save_pretrained(tmp_path / "adapter")
+    reopened = open_adapted(tmp_path, tmp_path / "adapter", device="auto")
+    here, there = (perplexity(m, batches(packed, range(8), 4)) for m in (adapted, reopened))
     assert here == there
 
 
