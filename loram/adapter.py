@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from loram.correct import Changes, corrected
 from loram.errors import refuse
 from loram.kept import Kept
-from loram.masked import PEFT_TYPE, MaskedLora, set_masks_
+from loram.masked import PEFT_TYPE, MaskedLora, save_masks, set_masks_
 from loram.masks import copy_masks
 from loram.model import load, local, read_config, save
 from loram.prune import copy_companions
@@ -101,7 +101,7 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     config["target_modules"].sort()  # peft keeps a set
     if any(isinstance(module, MaskedLora) for module in model.modules()):
         config["peft_type"] = PEFT_TYPE
-        copy_masks(model.get_base_model().name_or_path, out)
+        save_masks(model, out)
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 

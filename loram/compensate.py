@@ -25,11 +25,11 @@ from loram.errors import refuse
 from loram.kept import Kept
 from loram.layers import Layers, Spool
 from loram.loss import Batch
-from loram.masks import layer_masks
+from loram.masks import copy_masks, layer_masks
 from loram.prune import copy_companions
 from loram.pruned import compensated_config
 from loram.ridge import Fit
-from loram.shards import write_index, write_part
+from loram.shards import rewrite, write_index, write_part
 from loram.stand_in import blocks_to_fill
 
 KINDS = ("self_attn", "mlp")
@@ -112,6 +112,7 @@ def compensate(
     ranks = dict.fromkeys(blocks, min(config.rank, full.config.hidden_size))
     compensated_config(small.config, ranks).save_pretrained(out)
     copy_companions(small.checkpoint.path, out)
+    copy_masks(small.checkpoint.path, out)
     spool.clear()
     missing = list(_read(done / REPORT).values())
     return {"missing": sum(missing) / max(len(missing), 1), "tokens": tokens}
@@ -178,7 +179,7 @@ def _fit(streams: _Streams, blocks: list[str], config: CompensateConfig, done: P
             stored = {f"{name}.stand_in.P": p.cpu(), f"{name}.stand_in.Q": q.cpu()}
             write_part(done, name, stored)
             report = done / REPORT
-            report.write_text(json.dumps(_read(report) | {name: fit.left(p, q)}))
+            rewrite(report, json.dumps(_read(report) | {name: fit.left(p, q)}))
             # What follows sees them as they are kept.
             spool.write(after, streams.compensated(number, of_small, p, q))
         else:

@@ -6,7 +6,6 @@ the likeliest next tokens with their log-probabilities, and hidden states betwee
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.layers import Layers, Spool, forward
 from loram.loss import CHUNK, Batch, CausalLoss
+from loram.shards import link
 from loram.train import train_all_
 
 TRAINED = ("all", "stand_ins")
@@ -96,7 +96,7 @@ def write_targets(
     rows = torch.cat([batch["row"] for batch in batches]).tolist()
     info = {"rows": rows, "size": len(batches[0]["row"]), "hidden": chosen}
     (done / INFO).write_text(json.dumps(info))
-    shutil.copytree(done, out, dirs_exist_ok=True, copy_function=os.link)
+    shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
     spool.clear()
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loram.loss import Batch
 from loram.model import read_config
 from loram.pruned import meta_model
-from loram.shards import Checkpoint
+from loram.shards import Checkpoint, finite
 
 
 class Layers:
@@ -48,7 +48,11 @@ class Layers:
         return len(self._layers)
 
     def layer(self, i: int) -> nn.Module:
-        """Layer `i` with its weights; what is dropped by the caller leaves memory."""
+        """Layer `i` with its weights; what is dropped by the caller leaves memory.
+
+        Raises:
+            ValueError: NaN or Inf in a weight (named).
+        """
         return self._filled(self._layers[i], f"model.layers.{i}").eval()
 
     def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
@@ -73,8 +77,8 @@ class Layers:
     def _filled(self, module: nn.Module, name: str) -> nn.Module:
         # A copy also of what is in float32: written to, pages of the mapped file would stay.
         weights = {
-            full.removeprefix(f"{name}."): self.checkpoint.read(full).to(
-                self.device, torch.float32, copy=True
+            full.removeprefix(f"{name}."): finite(
+                self.checkpoint.read(full).to(self.device, torch.float32, copy=True), full
             )
             for full in self.checkpoint.names(name)
         }
@@ -116,7 +120,12 @@ class Spool:
         return {path.name for path in self.directory.glob("*") if path.suffix != ".partial"}
 
     def drop(self, name: str) -> None:
-        shutil.rmtree(self.directory / name, ignore_errors=True)
+        """Delete it, if it is there; renamed first, so that a crash leaves no half of it."""
+        going = self.directory / f"{name}.going.partial"
+        shutil.rmtree(going, ignore_errors=True)
+        if (self.directory / name).exists():
+            (self.directory / name).rename(going)
+            shutil.rmtree(going)
 
     def clear(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch.nn.functional as F
 from peft.tuners.lora import Linear
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loram.errors import refuse
-from loram.masks import layer_masks, unpacked
+from loram.masks import layer_file, layer_masks, unpacked
+from loram.packed import PackedLinear
 
 PEFT_TYPE = "LORAM_MASKED"
 
@@ -41,22 +43,38 @@ class MaskedLora(Linear):
 
 
 def set_masks_(model: nn.Module, directory: str | Path) -> None:
-    """Give every `MaskedLora` of a PEFT model its mask from a pruned model or an adapter.
+    """Give every `MaskedLora` of a PEFT model its mask: that of a packed linear, which has one, or
+    the one in the directory of a pruned model or an adapter.
 
     Raises:
         UserError: there is none for one of them.
     """
     masks: dict[str, Tensor] = {}
     for name, module in model.named_modules():
+        if not isinstance(module, MaskedLora):
+            continue
+        if isinstance(module.base_layer, PackedLinear):
+            module.register_buffer("bits", module.base_layer.bits, persistent=False)
+            continue
+        name = name.removeprefix("base_model.model.")
+        layer = name.split(".")[2]
+        if name not in masks and layer.isdigit():
+            masks |= layer_masks(directory, int(layer))
+        if name not in masks:
+            refuse("adapter.masked", f"{directory} without a mask for {name}", "semi, unst")
+        bits = masks.pop(name).to(module.lora_A["default"].weight.device)
+        module.register_buffer("bits", bits, persistent=False)
+
+
+def save_masks(model: nn.Module, out: Path) -> None:
+    """Write the masks of every `MaskedLora` of a PEFT model as a pruned model has them."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, module in model.named_modules():
         if isinstance(module, MaskedLora):
             name = name.removeprefix("base_model.model.")
-            layer = name.split(".")[2]
-            if name not in masks and layer.isdigit():
-                masks |= layer_masks(directory, int(layer))
-            if name not in masks:
-                refuse("adapter.masked", f"{directory} without a mask for {name}", "semi, unst")
-            bits = masks.pop(name).to(module.lora_A["default"].weight.device)
-            module.register_buffer("bits", bits, persistent=False)
+            layers.setdefault(int(name.split(".")[2]), {})[name] = module.bits.cpu()
+    for layer, masks in layers.items():
+        save_file(masks, layer_file(out, layer))
 
 
 def _product(x: Tensor, a: Tensor, b: Tensor, bits: Tensor) -> Tensor:

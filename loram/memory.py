@@ -7,7 +7,6 @@ their backward passes are run on tensors without storage, and what would live is
 
 import weakref
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,8 +37,7 @@ def sft_bytes(
 ) -> int:
     """Peak of LoRA training with micro-batches of `rows` x `seq_len`, more than one a step.
 
-    The frozen base; a LoRA weight, its gradient and two moments in float32; activations. A masked
-    update has its product of two factors, one matrix in float32, beside them.
+    The frozen base; a LoRA weight, its gradient and two moments in float32; activations.
 
     Args:
         config: of the model that is trained; of a sparse one, once packed.
@@ -52,7 +50,7 @@ def sft_bytes(
                 model.model.layers.set_submodule(name, _Dequantised(module))
     lora = 16 * lora_parameters(config, adapter)
     base = count.nf4_bytes if nf4 else count.bf16_bytes
-    adapted = attach(model, replace(adapter, masked=False))
+    adapted = attach(model, adapter)
     return base + lora + _activations(adapted, model, counts, rows, seq_len, checkpointing)
 
 
@@ -112,8 +110,8 @@ def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len
         into = [m.in_features for m in (layer.self_attn.q_proj, layer.self_attn.o_proj)]
         into += [layer.mlp.gate_proj.in_features, layer.mlp.down_proj.in_features]
         hessians = [4 * width**2 for width in into]
-        # Of one that is factored: itself, its factor, its inverse and that one's factor.
-        factored = max(sum(hessians[i:]) + 3 * hessians[i] for i in range(4))
+        # Beside one that is factored, its factor.
+        factored = max(sum(hessians[i:]) + hessians[i] for i in range(4))
         in_layer = max(in_layer + sum(hessians), factored)
         return 4 * _count(layer) + in_layer
     return max(4 * _count(layer) + in_layer, 4 * head.weight.numel() + live.peak)

@@ -17,7 +17,7 @@ from loram.kept import Kept
 from loram.loss import Batch
 from loram.model import read_config
 from loram.pruned import pruned_config
-from loram.shards import Checkpoint, write_index, write_part
+from loram.shards import Checkpoint, finite, write_index, write_part
 from loram.sparsegpt import BLOCK, Pattern
 from loram.taylor import Scores, random_scores, taylor_scores
 
@@ -33,7 +33,6 @@ COMPANIONS = (
     "chat_template*",
     "generation_config.json",
     "kept.safetensors",
-    "masks-*.safetensors",
 )
 
 
@@ -160,6 +159,9 @@ def prune(source: str | Path, out: Path, kept: Kept) -> None:
 
     `out` becomes an ordinary model directory with `kept.safetensors` beside the weights. Weights
     keep their dtype; q/k/v biases follow their rows; nothing else of the model changes.
+
+    Raises:
+        ValueError: NaN or Inf in a weight (named).
     """
     checkpoint, out = Checkpoint(source), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,7 @@ def prune(source: str | Path, out: Path, kept: Kept) -> None:
         tensors = {}
         for name in checkpoint.names(part) or [part]:
             module, _, parameter = name.rpartition(".")
-            tensor, cut = checkpoint.read(name), slices.get(module)
+            tensor, cut = finite(checkpoint.read(name), name), slices.get(module)
             if cut and (parameter == "weight" or cut.dim == 0):
                 tensor = cut.take(tensor)
             tensors[name] = tensor

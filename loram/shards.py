@@ -1,6 +1,8 @@
 """A checkpoint tensor by tensor, in and out: no more of it in memory than is being worked on."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 from safetensors import safe_open
@@ -23,7 +25,9 @@ class Checkpoint:
         self._files = {}
         for file in sorted(self.path.glob("model*.safetensors")):
             opened = safe_open(file, framework="pt")
-            self._files.update(dict.fromkeys(opened.keys(), opened))
+            # LLaMA-2's checkpoints also hold rotary frequencies, which every loader computes.
+            names = [n for n in opened.keys() if not n.endswith(".rotary_emb.inv_freq")]
+            self._files.update(dict.fromkeys(names, opened))
 
     def names(self, part: str = "") -> list[str]:
         """Names of all tensors, or of those of a part such as `model.layers.3`."""
@@ -42,6 +46,17 @@ class Checkpoint:
         return list(found)
 
 
+def finite(tensor: Tensor, name: str) -> Tensor:
+    """The tensor.
+
+    Raises:
+        ValueError: NaN or Inf in it.
+    """
+    if not tensor.isfinite().all():
+        raise ValueError(f"NaN or Inf in {name}")
+    return tensor
+
+
 def write_part(out: Path, part: str, tensors: dict[str, Tensor]) -> None:
     """Write the tensors of one part to a file of their own; there whole, or not at all."""
     file = part_file(out, part)
@@ -54,6 +69,22 @@ def part_file(out: Path, part: str) -> Path:
     pieces = part.removeprefix("model.").removesuffix(".weight").split(".")
     pieces = [f"{int(piece):05d}" if piece.isdigit() else piece for piece in pieces]
     return Path(out) / f"model-{'-'.join(pieces)}.safetensors"
+
+
+def rewrite(file: Path, text: str) -> None:
+    """Replace a small file; a crash or a full disk leaves the old one."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Make a finished file be at `target` too: by a hard link, or where there are none a copy."""
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_index(out: Path) -> None:

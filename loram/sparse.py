@@ -5,7 +5,6 @@ make up for their errors too. q, k and v share their inputs, and gate and up the
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,15 @@ from loram.model import read_config
 from loram.packed import stored
 from loram.prune import PruneConfig, copy_companions, pattern
 from loram.pruned import packed_config
-from loram.shards import Checkpoint, part_file, write_index, write_part
+from loram.shards import (
+    Checkpoint,
+    finite,
+    link,
+    part_file,
+    rewrite,
+    write_index,
+    write_part,
+)
 from loram.sparsegpt import DAMPING, Hessian, Pattern, factor, sparsify_
 
 DAMPINGS = "dampings.json"
@@ -50,8 +57,8 @@ def sparsify(
     """Write `source` with single weights of every decoder layer removed to `out`.
 
     `out` becomes an ordinary model directory of the same shapes, with exact zeros, the masks beside
-    it (`loram.masks`), weights in their dtype. Peak memory: one layer in float32, its Hessians, the
-    factor of one, and the activations of one batch.
+    it (`loram.masks`), weights in their dtype. Peak memory: one layer in float32 with its Hessians,
+    and the activations of one batch or the widest Hessian once more. That is under three layers.
 
     Args:
         source: directory or hub id of the full model.
@@ -64,14 +71,14 @@ def sparsify(
 
     Raises:
         UserError: the pattern does not divide a matrix.
-        ValueError: no calibration tokens, or NaN or Inf came out of a layer (named).
+        ValueError: no calibration tokens, or NaN or Inf in a weight or out of a layer (named).
     """
     if work is None:
         with TemporaryDirectory(dir=out.parent) as directory:
             return sparsify(source, out, batches, config, work=Path(directory), device=device)
     batches, removed = list(batches), pattern(config)
-    if not batches:
-        raise ValueError("there are no calibration rows")
+    if not any((batch["labels"] != -100).any() for batch in batches):
+        raise ValueError("the calibration rows hold no token to predict")
     layers, spool, done = Layers(source, device=device), Spool(work / "activations"), work / "done"
     done.mkdir(parents=True, exist_ok=True)
     report = done / DAMPINGS
@@ -80,7 +87,7 @@ def sparsify(
     reached = next(i for i in range(len(layers) + 1) if f"input-{i}" in spool.names())
     for i in range(reached, len(layers)):
         dampings = sparsify_layer(layers, i, batches, spool, removed, done)
-        report.write_text(json.dumps(_read(report) | dampings))
+        rewrite(report, json.dumps(_read(report) | dampings))
         spool.drop(f"input-{i}")
     _finish(layers, done, out)
     found = _read(report)
@@ -131,7 +138,10 @@ def sparsify_layer(
     hessians = _hessians(layers, i, layer, batches, spool)
     masks, dampings = {}, {}
     for names in SHARED:
-        upper, dead, damping = factor(hessians.pop(names[0]).matrix)
+        try:
+            upper, dead, damping = factor(hessians.pop(names[0]).matrix)
+        except ValueError as error:
+            raise ValueError(f"{error} of {part}.{names[0]}") from None
         dampings[f"{part}.{names[0]}"] = damping
         for name in names:
             weight = layer.get_submodule(name).weight
@@ -151,10 +161,7 @@ def sparsify_layer(
 def _check(layer: nn.Module, part: str, removed: Pattern) -> None:
     for names in SHARED:
         for name in names:
-            linear = layer.get_submodule(name)
-            removed.check(linear.in_features, f"{part}.{name}")
-            if not linear.weight.isfinite().all():
-                raise ValueError(f"NaN or Inf in the weights of {part}.{name}")
+            removed.check(layer.get_submodule(name).in_features, f"{part}.{name}")
 
 
 def _hessians(
@@ -182,11 +189,11 @@ def _finish(layers: Layers, done: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for part in layers.checkpoint.parts():
         if not part_file(done, part).exists():
-            tensor = {part: layers.checkpoint.read(part)}
-            write_part(done, part, tensor)
+            tensor = finite(layers.checkpoint.read(part), part)
+            write_part(done, part, {part: tensor})
     write_index(done)
     for file in done.iterdir():
-        os.link(file, out / file.name)  # a crash in between loses no layer
+        link(file, out / file.name)  # a crash in between loses no layer
     layers.config.save_pretrained(out)
     copy_companions(layers.checkpoint.path, out)
     Kept.whole(layers.config).save(out)

@@ -86,7 +86,9 @@ def taylor_scores(
     if not tokens:
         raise ValueError("the calibration rows hold no token to predict")
     layers, spool = Layers(source, device=device), Spool(work / "activations")
-    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+    # Cached casts of weights that have gradients would hold every layer until the last one is done.
+    mixed = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": False}
+    with torch.autocast(device, **mixed):
         _forward(layers, batches, spool)
         top = len(layers)
         if not {f"gradient-{top}", f"score-{top - 1}"} & spool.names():

@@ -63,7 +63,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _check_compensation(config, recipe.compensate)
     _check_distillation(config, recipe)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
-    if (
+    if recipe.prune.method in STRUCTURED and (
         min(recipe.prune.keep_first, recipe.prune.keep_last) < 0
         or whole >= config.num_hidden_layers
     ):

@@ -146,6 +146,7 @@ def _export(job: Job, checkpoint: Path, out: Path) -> None:
         load_weights(checkpoint, model)
         save(model, out)
         copy_companions(Path(job.model), out)
+        copy_masks(job.model, out)
         return
     shutil.copyfile(checkpoint / "adapter" / WEIGHTS, out / WEIGHTS)
     config = json.loads((checkpoint / "adapter" / CONFIG).read_text())

@@ -1,6 +1,6 @@
 """The method as a graph: a recipe and the digests of its sources in, steps out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from loram.prune import STRUCTURED
@@ -126,7 +126,9 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         small = heavy("quantise", steps.quantise, steps.Empty(), {"model": small})
 
     def sft(name: str, frozen: Step | Source, kept: Step | None = None) -> Step:
-        config = steps.SftConfig(recipe.sft, recipe.adapter)
+        # Only the small model has masks.
+        masked = recipe.adapter.masked and frozen is small
+        config = steps.SftConfig(recipe.sft, replace(recipe.adapter, masked=masked))
         given: dict[str, Step | Source] = {"model": frozen, "instruct": instruct}
         return light(name, steps.sft, config, given | ({"kept": kept} if kept else {}))
 

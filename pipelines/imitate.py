@@ -11,6 +11,7 @@ import torch
 import loram.compensate
 from loram.compensate import CompensateConfig
 from loram.distil import DistilConfig, write_targets
+from loram.errors import refuse
 from loram.loss import Batch
 from loram.model import read_config
 from loram.packing import Packed, batches, order
@@ -34,7 +35,8 @@ def compensate(
 ) -> Metrics:
     """Fit low-rank stand-ins for what was removed, on general text, on the task, or on both."""
     data = [path for path in (corpus, instruct) if path]
-    rows = [calibration(path, config.rows // len(data), place)[0] for path in data]
+    each = config.rows // len(data)
+    rows = [calibration(path, each, place, "compensate.rows")[0] for path in data]
     options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
     found = loram.compensate.compensate(model, pruned, out, chain(*rows), config, **options)
     stand_ins = size(read_config(out)).stand_ins
@@ -98,8 +100,15 @@ def distil(
     )
 
 
-def calibration(corpus: Path, count: int, place: Place) -> tuple[Iterator[Batch], int]:
-    """The first packed rows of the corpus, and their number of tokens."""
+def calibration(
+    corpus: Path, count: int, place: Place, setting: str = "calibration_rows"
+) -> tuple[Iterator[Batch], int]:
+    """The first packed rows of the corpus, and their number of tokens.
+
+    Raises:
+        UserError: it has fewer.
+    """
     packed = Packed(corpus / "train")
-    rows = range(min(count, packed.rows))
-    return batches(packed, rows, place.micro_batch), len(rows) * packed.seq_len
+    if count > packed.rows:
+        refuse(setting, count, f"at most {packed.rows}, the packed rows of the data")
+    return batches(packed, range(count), place.micro_batch), count * packed.seq_len

@@ -137,13 +137,21 @@ def test_weights_in_float32_are_copied_too(tmp_path):
     assert layers.layer(1).mlp.up_proj.weight.all()
 
 
-def test_bad_input_is_named(tmp_path):
+def test_bad_input_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="5:7, which does not divide the 64 inputs of model.layers"):
         make("llama", tmp_path, PruneConfig("semi", pattern="5:7"))
-    with pytest.raises(ValueError, match="no calibration rows"):
+    with pytest.raises(ValueError, match="no token to predict"):
         sparsify(tmp_path / "base", tmp_path / "out", [], SEMI)
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("inf")
     save(model, tmp_path / "bad")
-    with pytest.raises(ValueError, match="NaN or Inf in the weights of model.layers.1.mlp.up_proj"):
+    with pytest.raises(ValueError, match="NaN or Inf in model.layers.1.mlp.up_proj.weight"):
         sparsify(tmp_path / "bad", tmp_path / "out", rows(2), SEMI)
+    silent = [b | {"labels": torch.full_like(b["labels"], -100)} for b in rows(2)]
+    with pytest.raises(ValueError, match="no token to predict"):
+        sparsify(tmp_path / "base", tmp_path / "out", silent, SEMI)
+    overflow = float("inf")
+    monkeypatch.setattr(loram.sparse.Hessian, "add", lambda self, _: self.matrix.fill_(overflow))
+    with pytest.raises(ValueError, match="second moments .* of model.layers.0.self_attn.q_proj"):
+        sparsify(tmp_path / "base", tmp_path / "out", rows(2), SEMI)
+    assert not (tmp_path / "out").exists()

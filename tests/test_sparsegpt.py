@@ -81,14 +81,30 @@ def test_another_block_size_chooses_other_weights(monkeypatch):
 
 def test_the_error_goes_to_the_columns_after(monkeypatch):
     """Without it SparseGPT is magnitude pruning by column norms, and the law notices."""
-    eye = torch.linalg.cholesky_ex
 
-    def diagonal_alone(matrix, upper=False):
-        found, failed = eye(matrix, upper=upper)
-        return (torch.diag(found.diagonal()) if upper else found), failed
+    def diagonal_alone(matrix):
+        upper, dead, damping = loram.sparsegpt.factor(matrix)
+        return torch.diag(upper.diagonal()), dead, damping
 
-    monkeypatch.setattr(loram.sparsegpt.torch.linalg, "cholesky_ex", diagonal_alone)
+    monkeypatch.setitem(globals(), "factor", diagonal_alone)
     assert gap(UNST) > 1e-2
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 256, 301])
+def test_the_factor_is_that_of_the_damped_inverse(size):
+    matrix = hessian(problem(1, size)[1])
+    damped = matrix.double() + 0.01 * matrix.diagonal().mean() * torch.eye(size)
+    upper, _, damping = factor(matrix)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert damping == 0.01 and not upper.tril(-1).any()
+    assert (upper - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_hessian_that_is_not_finite_is_refused():
+    matrix = hessian(problem(1, 8)[1])
+    matrix[3, 3] = float("inf")
+    with pytest.raises(ValueError, match="NaN or Inf in the second moments"):
+        factor(matrix)
 
 
 @pytest.mark.parametrize("removed", [UNST, *N_M[:2]])

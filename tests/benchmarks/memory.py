@@ -51,13 +51,14 @@ def measure(
     root: Path, shape: str, config: LlamaConfig, methods: tuple[str, ...], rows: int
 ) -> None:
     """Keep the cells that results.jsonl lacks."""
-    missing = [method for method in methods if not there("memory", shape=shape, method=method)]
+    cell = {"shape": shape, "compute": "bfloat16"}  # of scoring
+    missing = [method for method in methods if not there("memory", **cell, method=method)]
     if missing:
         write(config, root / "model")
     for method in missing:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             # In a new process: memory that was used once is not given back.
-            keep("memory", shape=shape, **fresh.submit(measured, root, method, rows).result())
+            keep("memory", **cell, **fresh.submit(measured, root, method, rows).result())
         shutil.rmtree(root / "pruned")
 
 
@@ -109,8 +110,8 @@ def run(model: Path, out: Path, config: PruneConfig, rows: int) -> None:
     if config.method == "semi":
         sparsify(model, out, batches, config)
     else:
-        kept = choose(score(model, batches, config), LlamaConfig.from_pretrained(model), config)
-        prune(model, out, kept)
+        scores = score(model, batches, config, dtype=torch.bfloat16)
+        prune(model, out, choose(scores, LlamaConfig.from_pretrained(model), config))
 
 
 def anonymous() -> int:
