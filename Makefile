@@ -1,4 +1,5 @@
-# The commands that a person types. `make full` is the whole of LoRAM on a small real model.
+# The commands that a person types. `make full` is the whole of LoRAM on a small real model;
+# fields of its recipe go along, as in `make full prune.method=semi nf4=false`.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # No usage statistics of any library leave the machine.
@@ -21,7 +22,7 @@ assets: install
 	$(BIN)/python -m pipelines.assets
 
 full: assets
-	$(BIN)/python pipelines/full.py
+	$(BIN)/python pipelines/full.py small $(foreach field,$(filter-out PYTHON=%,$(MAKEOVERRIDES)),'$(field)')
 
 test: assets
 	$(BIN)/ruff check .

@@ -18,13 +18,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.adapter import AdapterConfig, attach
+from loram.distil import DistilConfig, train_
 from loram.loss import summed_loss
 from loram.packed import PackedLinear, spread, tables
 from loram.parallel import masters_
 from loram.plan import lora_parameters, size
 from loram.prune import STRUCTURED, PruneConfig
 from loram.pruned import meta_model
-from loram.train import train_all_
 
 
 def sft_bytes(
@@ -62,30 +62,35 @@ def align_bytes(
     *,
     workers: int = 1,
     masked: int = 0,
+    trained: str = "all",
 ) -> int:
     """Peak of alignment a worker, with micro-batches of `rows` x `seq_len`, more than one a step.
 
-    A weight, its gradient and two moments in float32, divided over the workers by FSDP2, which then
-    holds two layers whole in bf16 and the gradient of one in float32; activations.
+    A weight that is trained, its gradient and two moments in float32, others in bf16, all divided
+    over the workers by FSDP2, which then holds two layers whole in bf16 and the gradient of one in
+    float32; activations. Of distillation the same, and not its targets.
 
     Args:
         config: of the model as it is aligned, not packed.
         masked: weights that have a place in a mask: a byte each.
+        trained: as of `loram.distil.DistilConfig`.
     """
-    count, (model, counts) = size(config), _layers_of_each_shape(config)
-    trained = count.total - count.frozen_in_alignment
-    held = (16 * trained + 2 * count.frozen_in_alignment + masked) // workers
-    train_all_(model)
+    whole = train_(meta_model(config), DistilConfig(trained))
+    frozen = sum(weight.numel() for weight in whole.parameters() if not weight.requires_grad)
+    held = (16 * (size(config).total - frozen) + 2 * frozen + masked) // workers
+    model, counts = _layers_of_each_shape(config)
+    train_(model, DistilConfig(trained))
     if workers == 1:
         masters_(model)
     else:
         layer = max(_count(layer) for layer in model.model.layers)
-        held += 8 * layer + 2 * count.frozen_in_alignment
+        held += 8 * layer + 2 * size(config).frozen_in_alignment
     return held + _activations(model, model, counts, rows, seq_len, checkpointing)
 
 
 def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len: int) -> int:
-    """Peak of scoring (stru) or SparseGPT (semi, unst), which hold a layer at a time in float32.
+    """Peak of scoring (stru) or SparseGPT (semi, unst), which hold a layer at a time in float32,
+    and of which scoring computes in bfloat16.
 
     The most of: a layer with its gradients, or with its Hessians and a factor of the widest, and
     the activations of one batch; the output head with its loss.
@@ -94,7 +99,8 @@ def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len
     layer, head = model.model.layers[-1], model.get_output_embeddings()
     model.float().requires_grad_(scored)
     head.requires_grad_(False)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=scored, cache_enabled=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), mixed:
         model.to_empty(device="cpu")
         live = _Live([model])
         with live, torch.set_grad_enabled(scored):

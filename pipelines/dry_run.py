@@ -1,5 +1,8 @@
 """`--dry-run`: the graph, sizes, memory and tokens of a recipe; nothing is run."""
 
+from dataclasses import replace
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
@@ -8,6 +11,7 @@ from loram import memory, plan
 from loram.errors import UserError
 from loram.model import read_config
 from loram.prune import STRUCTURED
+from loram.pruned import compensated_config
 from loram.train import TrainConfig
 from pipelines.check import check, check_settings, distil_bytes
 from pipelines.graph import Graph, build
@@ -95,8 +99,10 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
 def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
     small = plan.planned_config(config, recipe.prune, recipe.compensate.rank)
     place = recipe.place
-    # Weights pruned singly leave memory when the aligned model is packed.
-    aligned = small if recipe.prune.method in STRUCTURED else config
+    aligned = small
+    if recipe.prune.method not in STRUCTURED:
+        # Weights pruned singly leave memory when the aligned model is packed.
+        aligned = compensated_config(config, getattr(small, "stand_ins", {}))
     table = Table("stage", "GPU memory", title="Estimated peak memory a worker")
     table.columns[1].justify = "right"
 
@@ -111,14 +117,15 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
         needed = memory.compensate_bytes(config, rows, seq_len)
         row("compensate (a layer at a time)", needed)
     if recipe.align.steps:
-        masked, workers = plan.size(small).masked, place.workers
-        needed = memory.align_bytes(aligned, rows, seq_len, less, workers=workers, masked=masked)
-        row("align", needed)
-    trainings = [("sft", small, recipe.nf4)]
-    trainings += [(f"sft_{name}", config, name == "qlora") for name in recipe.compare]
-    for name, trained, nf4 in trainings:
-        needed = memory.sft_bytes(trained, recipe.adapter, nf4, rows, recipe.sft.seq_len, less)
-        row(name, needed)
+        options: dict[str, Any] = {"workers": place.workers, "masked": plan.size(small).masked}
+        options |= {"trained": recipe.distil.trained or "all"}
+        needed = memory.align_bytes(aligned, rows, seq_len, less, **options)
+        row("distil" if recipe.distil.trained else "align", needed)
+    plain = replace(recipe.adapter, masked=False)
+    trainings = [("sft", small, recipe.adapter, recipe.nf4)]
+    trainings += [(f"sft_{name}", config, plain, name == "qlora") for name in recipe.compare]
+    for name, trained, adapter, nf4 in trainings:
+        row(name, memory.sft_bytes(trained, adapter, nf4, rows, recipe.sft.seq_len, less))
     row("inference with the full model in bf16", plan.size(config).bf16_bytes)
     return table
 
@@ -134,7 +141,7 @@ def _tokens(recipe: Recipe) -> Table:
         # One pass of the large model and of the small one, without gradients.
         seq_len = max(recipe.align.seq_len, recipe.sft.seq_len)
         table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
-    row("align", recipe.align)
+    row("distil" if recipe.distil.trained else "align", recipe.align)
     row("sft", recipe.sft)
     for name in recipe.compare:
         row(f"sft_{name}", recipe.sft)

@@ -10,7 +10,9 @@ import ray
 
 from loram.model import save
 from pipelines.assets import home
+from pipelines.check import check_settings
 from pipelines.full import main
+from pipelines.recipes import read
 from tests.conftest import tiny_model
 
 ASSETS = home() / "assets"
@@ -67,6 +69,11 @@ def test_settings_that_exclude_each_other(refused):
     assert "align.steps" in refused("distil.trained=all", "align.steps=0")
     assert "adapter.masked" in refused("prune.method=semi", "adapter.masked=true", "correct=true")
     assert "bound with prune.method unst" in refused("prune.method=unst", 'compare=["bound"]')
+
+
+def test_whole_layers_are_a_matter_of_the_structured_methods():
+    four_layers = read("test", ["prune.method=semi", "prune.ratio=null", "prune.keep_first=4"])
+    assert check_settings(four_layers).num_hidden_layers == 4
 
 
 def source(setting: str, path) -> str:

@@ -120,11 +120,22 @@ def test_rand_without_alignment_in_16_bits(user):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("method", "nf4"), [("rand", "true"), ("stru", "false")])
+def test_groups_to_the_final_table(method, nf4, user):
+    """What the tests above leave: Rand in 4 bits, Stru in 16."""
+    log = user("test", f"prune.method={method}", f"nf4={nf4}")
+    ours = ("QLoRAM-" if nf4 == "true" else "LoRAM-") + method.capitalize()
+    assert f"│ {ours}, large " in log and ("quantise" in made(log)) == (nf4 == "true")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("nf4", ["false", "true"])
 @pytest.mark.parametrize("method", ["semi", "unst"])
 def test_single_weights_to_the_final_table(method, nf4, user):
-    """Aligned, packed, trained, recovered; what 4-bit survivors held is less than a quarter."""
-    log = user("test", f"prune.method={method}", f"nf4={nf4}")
+    """Aligned, packed, trained, recovered, one of them under the mask."""
+    masked = "true" if (method, nf4) == ("unst", "false") else "false"
+    log = user("test", f"prune.method={method}", f"nf4={nf4}", f"adapter.masked={masked}")
     assert {"pack", "sft", "recover", "evaluate_large"} <= made(log)
     report = Path(re.search(r"report +(\S+)", log).group(1))
     table = {row["label"]: row for row in json.loads((report.parent / "table.json").read_text())}

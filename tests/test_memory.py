@@ -8,20 +8,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from loram.adapter import AdapterConfig, attach
+from loram.compensate import CompensateConfig, compensate
+from loram.distil import DistilConfig, DistilLoss, train_
 from loram.loss import CausalLoss
 from loram.masks import of_weights
 from loram.memory import align_bytes, prune_bytes, sft_bytes
 from loram.model import load, read_config, save
 from loram.parallel import masters_
 from loram.plan import pruned_size
-from loram.prune import PruneConfig
+from loram.prune import PruneConfig, choose, prune
 from loram.sparse import pack, sparsify
-from loram.taylor import taylor_scores
+from loram.taylor import random_scores, taylor_scores
 from loram.train import TrainConfig, adamw, train, train_all_
 from pipelines.shapes import SHAPES
 from tests.conftest import tiny_model
 
 SEMI, T = PruneConfig("semi"), 128
+CUT = PruneConfig("stru", 0.5, keep_first=1, keep_last=1)
 # A deep one with a large vocabulary and biases, a wide one whose head is tied to its embeddings.
 MODELS = {
     "qwen2": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5}
@@ -33,11 +36,16 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Each family full, pruned by SparseGPT, and packed in both ways."""
+    """Each family full, cut in its inner layers, with stand-ins, pruned by SparseGPT and packed."""
     root = tmp_path_factory.mktemp("models")
     for family, shape in MODELS.items():
         where = root / family
         save(tiny_model(family, max_position_embeddings=512, **shape).bfloat16(), where / "full")
+        config = read_config(where / "full")
+        cut = where / "full", where / "stru"
+        prune(*cut, choose(random_scores(config, 0), config, CUT))
+        fitted = CompensateConfig(rank=16)
+        compensate(*cut, where / "stand_ins", [batch(2, 2048)], fitted)
         sparsify(where / "full", where / "semi", [batch(2, 2048)], SEMI)
         pack(where / "semi", where / "packed", nf4=False)
         pack(where / "semi", where / "packed_nf4", nf4=True)
@@ -76,17 +84,31 @@ def held(module, optimizer) -> int:
     return sum(storages.values())
 
 
-def trained(source: Path, align: bool, nf4: bool, rows: int, checkpointing: bool) -> int:
-    """The bytes of a step of two micro-batches in the training loop."""
+def trained(
+    source: Path, what: AdapterConfig | DistilConfig | None, nf4: bool, rows: int, less: bool
+) -> int:
+    """The bytes of a step of two micro-batches in the training loop; None: plain alignment.
+
+    Less what distillation reads: hidden states and top tokens of the large model.
+    """
     model = load(source, nf4=nf4)
-    if checkpointing:
+    if less:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    module = CausalLoss(train_all_(model) if align else attach(model, AdapterConfig()))
+    one = batch(rows, model.config.vocab_size)
+    if isinstance(what, AdapterConfig):
+        module = CausalLoss(attach(model, what))
+    elif what:
+        module = DistilLoss(train_(model, what), what)
+        one |= {"target_ids": torch.zeros(rows, T, 8, dtype=torch.int64)}
+        one |= {"target_log_probs": torch.full((rows, T, 8), -3.0)}
+        one |= {"target_hidden": torch.ones(rows, 1, T, model.config.hidden_size)}
+    else:
+        module = CausalLoss(train_all_(model))
     config = TrainConfig(1, 1e-4, 2 * rows, T)
     optimizer = adamw(masters_(module), config)
-    masks = of_weights(model, source) if align else {}
+    masks = {} if isinstance(what, AdapterConfig) else of_weights(model, source)
     before = held(module, optimizer) + sum(mask.nbytes for mask in masks.values())
-    batches = [batch(rows, model.config.vocab_size)] * 2
+    batches = [one] * 2
     return before + seen(
         lambda: list(train(module, batches, config, optimizer=optimizer, masks=masks))
     )
@@ -95,25 +117,30 @@ def trained(source: Path, align: bool, nf4: bool, rows: int, checkpointing: bool
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("kind", ["full", "nf4", "packed", "packed_nf4"])
+@pytest.mark.parametrize(
+    "kind", ["full", "full nf4", "stru", "stru nf4", "packed", "packed_nf4", "packed masked"]
+)
 def test_sft(kind, family, rows, checkpointing, models):
-    source = models / family / ("full" if kind == "nf4" else kind)
-    found = trained(source, False, kind == "nf4", rows, checkpointing)
-    config = read_config(source)
-    guess = sft_bytes(config, AdapterConfig(), kind.endswith("nf4"), rows, T, checkpointing)
+    stored, *how = kind.split()
+    source, adapter = models / family / stored, AdapterConfig(masked="masked" in how)
+    found = trained(source, adapter, "nf4" in how, rows, checkpointing)
+    guess = sft_bytes(read_config(source), adapter, "nf4" in kind, rows, T, checkpointing)
     assert guess == pytest.approx(found, rel=0.15)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("kind", ["full", "semi"])
+@pytest.mark.parametrize("kind", ["full", "stru", "stand_ins", "semi"])
 def test_alignment(kind, family, rows, checkpointing, models):
+    """Of stand-ins and norms alone, by distillation, where there are stand-ins."""
     source = models / family / kind
-    found = trained(source, True, False, rows, checkpointing)
+    what = DistilConfig("stand_ins", 8, 1) if kind == "stand_ins" else None
+    found = trained(source, what, False, rows, checkpointing)
     config = read_config(source)
-    masked = pruned_size(config, SEMI).masked if kind == "semi" else 0
-    guess = align_bytes(config, rows, T, checkpointing, masked=masked)
+    options = {"masked": pruned_size(config, SEMI).masked} if kind == "semi" else {}
+    options |= {"trained": "stand_ins"} if what else {}
+    guess = align_bytes(config, rows, T, checkpointing, **options)
     assert guess == pytest.approx(found, rel=0.15)
 
 
@@ -124,7 +151,7 @@ def test_pruning(method, family, models, tmp_path):
     rows = [batch(4, 2048)] * 2
     config = PruneConfig(method)
     if method == "stru":
-        found = seen(lambda: taylor_scores(source, rows))
+        found = seen(lambda: taylor_scores(source, rows, dtype=torch.bfloat16))
     else:
         found = seen(lambda: sparsify(source, tmp_path / "out", rows, config))
     # A mapped file counts as allocated, although its pages are the file's.

@@ -1,21 +1,26 @@
 """The packed form of sparse models: equal to the dense one with zeros, and really smaller."""
 
 import gc
+import subprocess
+import sys
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from loram.adapter import AdapterConfig, attach
 from loram.errors import UserError
-from loram.masks import of_weights
+from loram.kept import Kept
+from loram.masks import layer_file, of_weights
+from loram.masks import packed as bits_of
 from loram.model import load, read_config, save
 from loram.packed import PackedLinear
 from loram.plan import pruned_size, size
+from loram.shards import write_index, write_part
 from loram.sparse import pack, sparsify
 from loram.train import TrainConfig, train
 from tests.conftest import FAMILIES, tiny_model
@@ -69,13 +74,22 @@ def test_what_was_pruned_is_gone(config, nf4, target, tmp_path):
     sparsify(tmp_path / "base", tmp_path / "pruned", rows(2), config)
     pack(tmp_path / "pruned", tmp_path / "packed", nf4)
     weights = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
-    stored = sum(
-        tensor.nbytes
-        for file in (tmp_path / "packed").glob("model-*.safetensors")
-        for name, tensor in load_file(file).items()
-        if name.rsplit(".", 1)[-1] in ("bits", "survivors", "scales")
+    files = [load_file(file) for file in (tmp_path / "packed").glob("*.safetensors")]
+    parts = [(name, tensor.nbytes) for tensors in files for name, tensor in tensors.items()]
+    dense = (
+        "embed_tokens.weight",
+        "norm.weight",
+        "lm_head.weight",
+        ".bias",
+        ".kv_heads",
+        ".neurons",
     )
+    stored = sum(size for name, size in parts if not name.endswith(dense))
+    assert stored == sum(
+        size for name, size in parts if name.endswith((".bits", ".survivors", ".scales"))
+    )  # the masks too are there once
     assert 8 * stored / weights < target
+    del files
     count = size(read_config(tmp_path / "packed"))
     assert count == pruned_size(read_config(tmp_path / "base"), config)
     held = count.nf4_bytes if nf4 else count.bf16_bytes
@@ -87,6 +101,61 @@ def test_what_was_pruned_is_gone(config, nf4, target, tmp_path):
         if pointer not in others and tensor.dtype != torch.float32
     )
     assert 0.9 * held < frozen < 1.02 * held + 4096
+
+
+def test_process_memory_holds_the_survivors_alone(tmp_path):
+    """What a process has in memory that trained on the model, beside the dense one's."""
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+    model = tiny_model("llama", **shape).bfloat16()
+    (tmp_path / "pruned").mkdir()
+    weights = 0
+    for i, layer in enumerate(model.model.layers):
+        masks = {}
+        for name, linear in layer.named_modules():
+            if isinstance(linear, torch.nn.Linear):
+                mask = torch.rand_like(linear.weight, dtype=torch.float32) > 0.5
+                linear.weight.data.mul_(mask)
+                masks[f"model.layers.{i}.{name}"] = bits_of(mask)
+                weights += mask.numel()
+        save_file(masks, layer_file(tmp_path / "pruned", i))
+    parts = {f"model.layers.{i}": {} for i in range(4)}
+    for name, weight in model.state_dict().items():
+        parts.setdefault(".".join(name.split(".")[:3]), {})[name] = weight
+    for part, tensors in parts.items():
+        write_part(tmp_path / "pruned", part, tensors)
+    write_index(tmp_path / "pruned")
+    model.config.save_pretrained(tmp_path / "pruned")
+    Kept.whole(model.config).save(tmp_path / "pruned")
+    pack(tmp_path / "pruned", tmp_path / "packed", nf4=False)
+    held = []
+    for name in ("pruned", "packed"):
+        child = [sys.executable, "-c", TRAIN, str(tmp_path / name)]
+        held.append(int(subprocess.run(child, capture_output=True, text=True, check=True).stdout))
+    assert held[0] > 0.95 * 2 * weights
+    assert 0.5 * 2 * weights < held[1] < 0.65 * 2 * weights  # 9 bits of 16, and the adapter
+
+
+TRAIN = """
+import ctypes, gc, sys
+from pathlib import Path
+from loram.adapter import AdapterConfig, attach
+from loram.model import load
+from loram.train import TrainConfig, train
+from tests.sparse_models import rows
+
+def memory():
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])  # with what is mapped of files
+
+for _ in range(2):  # what libraries make at their first use is no part of it
+    model = None
+    before = memory()
+    model = load(Path(sys.argv[1]))
+    list(train(attach(model, AdapterConfig()), rows(3), TrainConfig(1, 1e-3, 8)))
+print(memory() - before)
+"""
 
 
 def storages() -> dict[int, torch.Tensor]:

@@ -1,5 +1,8 @@
 """The size rule, the choice of groups, and Taylor scores against their definition."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -100,6 +103,34 @@ def test_taylor_scores(family, tmp_path):
             assert got.kv_heads[i, kv] == pytest.approx(float(expected), rel=1e-5)
         expected = saliency(mlp.gate_proj).sum(1) + saliency(mlp.up_proj).sum(1)
         assert torch.allclose(got.neurons[i], expected + saliency(mlp.down_proj).sum(0), rtol=1e-5)
+
+
+def test_scores_of_many_batches_are_those_of_one(tmp_path):
+    """In any division; the mean is over tokens."""
+    save(tiny_model("llama"), tmp_path)
+    whole = batch()
+    parts = [{k: v[:1] for k, v in whole.items()}, {k: v[1:] for k, v in whole.items()}]
+    one, two = (score(tmp_path, given, PruneConfig("stru")) for given in ([whole], parts))
+    assert torch.allclose(one.kv_heads, two.kv_heads, rtol=1e-4)
+    assert torch.allclose(one.neurons, two.neurons, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_was_scored_is_gone(dtype, tmp_path, monkeypatch):
+    """In the precision of the pipeline too, where autocast would remember what it has cast."""
+    save(tiny_model("llama"), tmp_path)
+    made, original = [], loram.taylor.Layers.layer
+
+    def layer(self, i):
+        gc.collect()
+        assert not any(weight() is not None for weight in made)
+        found = original(self, i)
+        made.extend(weakref.ref(weight) for weight in found.parameters())
+        return found
+
+    monkeypatch.setattr(loram.taylor.Layers, "layer", layer)
+    score(tmp_path, [batch(), batch()], PruneConfig("stru"), dtype=dtype)
+    assert len(made) > 8
 
 
 def test_scores_survive_files(tmp_path):

@@ -17,6 +17,7 @@ metric into zeros is part of its driver and written anew.
 import contextlib
 import importlib
 import io
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loram.errors import refuse
 from loram.kept import head_dim
 from loram.layers import Layers
 from loram.loss import Batch, CausalLoss
@@ -155,7 +157,17 @@ def llm_pruner_scores(base: Path, rows: list[Batch], references: Path) -> Scores
 
 
 def _imported(directory: Path, module: str) -> ModuleType:
-    """A module of a checkout, under its own name."""
+    """A module of a checkout, under its own name.
+
+    Raises:
+        UserError: the checkout is not at the commit that results are of.
+    """
+    head = subprocess.run(
+        ["git", "-C", directory, "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    found = head.stdout.strip() or "no commit"
+    if found not in (__doc__ or ""):
+        refuse("--references", f"{directory} at {found}", "the commits in references.py")
     sys.path.insert(0, str(directory))
     try:
         return importlib.import_module(module)
