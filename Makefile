@@ -1,10 +1,14 @@
 # The commands that a person types. `make full` is the whole of LoRAM on a small real model;
-# fields of its recipe go along, as in `make full prune.method=semi nf4=false`.
+# FIELDS="prune.method=semi nf4=false" are fields of its recipe.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # No usage statistics of any library leave the machine.
 export RAY_USAGE_STATS_ENABLED := 0
 export DO_NOT_TRACK := 1
+
+# Without this a field outside of FIELDS would be one of make's own variables, and be ignored.
+$(if $(findstring .,$(foreach given,$(MAKEOVERRIDES),$(firstword $(subst =, ,$(given))))),\
+	$(error fields of the recipe go into FIELDS, as in FIELDS="prune.method=semi nf4=false"))
 
 .PHONY: install assets full test test-slow clean
 
@@ -22,7 +26,7 @@ assets: install
 	$(BIN)/python -m pipelines.assets
 
 full: assets
-	$(BIN)/python pipelines/full.py small $(foreach field,$(filter-out PYTHON=%,$(MAKEOVERRIDES)),'$(field)')
+	$(BIN)/python pipelines/full.py small $(FIELDS)
 
 test: assets
 	$(BIN)/ruff check .

@@ -43,7 +43,8 @@ class CompensateConfig:
     """rank: of each stand-in; 0 for no compensation.
 
     data: what it is fitted on: the general corpus, the task's own training rows, or half of each.
-    rows: packed rows of it. damping: share of the mean diagonal of X^T X that is added to it.
+    rows: packed rows of it, or all if there are fewer.
+    damping: share of the mean diagonal of X^T X that is added to it.
     """
 
     rank: int = 0

@@ -45,22 +45,23 @@ class Changes:
         weight was pruned; None where nothing changed."""
         if ".layers." not in module:
             return None
-        full, small = self.full.read(f"{module}.weight"), self._held(module)
-        if module in self.slices:
-            full = self.slices[module].take(full)
-        change = full.float() - small.float()
-        bits = layer_masks(self.small.path, int(module.split(".")[2])).get(module)
-        if bits is not None:
-            change *= unpacked(bits, change.shape[1])
-        return change if change.any() else None
-
-    def _held(self, module: str) -> Tensor:
-        """The dense weight that the small model computes with."""
         stored = {
             name.removeprefix(f"{module}."): self.small.read(name)
             for name in self.small.names(module)
         }
-        weight = stored.pop("weight", None)
+        full, small = self.full.read(f"{module}.weight"), self._held(module, stored)
+        if module in self.slices:
+            full = self.slices[module].take(full)
+        change = full.float() - small.float()
+        masks = layer_masks(self.small.path, int(module.split(".")[2]))
+        bits = stored.get("bits", masks.get(module))
+        if bits is not None:
+            change *= unpacked(bits, change.shape[1])
+        return change if change.any() else None
+
+    def _held(self, module: str, stored: dict[str, Tensor]) -> Tensor:
+        """The dense weight that the small model computes with, of the module's tensors."""
+        weight = stored.get("weight")
         if weight is None:
             rows, width = len(stored["bits"]), self.full.read(f"{module}.weight").shape[1]
             count, nf4 = self.config.survivors[module], self.config.survivors_nf4

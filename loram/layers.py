@@ -77,8 +77,8 @@ class Layers:
     def _filled(self, module: nn.Module, name: str) -> nn.Module:
         # A copy also of what is in float32: written to, pages of the mapped file would stay.
         weights = {
-            full.removeprefix(f"{name}."): finite(
-                self.checkpoint.read(full).to(self.device, torch.float32, copy=True), full
+            full.removeprefix(f"{name}."): finite(self.checkpoint.read(full), full).to(
+                self.device, torch.float32, copy=True
             )
             for full in self.checkpoint.names(name)
         }
@@ -120,15 +120,21 @@ class Spool:
         return {path.name for path in self.directory.glob("*") if path.suffix != ".partial"}
 
     def drop(self, name: str) -> None:
-        """Delete it, if it is there; renamed first, so that a crash leaves no half of it."""
-        going = self.directory / f"{name}.going.partial"
-        shutil.rmtree(going, ignore_errors=True)
-        if (self.directory / name).exists():
-            (self.directory / name).rename(going)
-            shutil.rmtree(going)
+        """Delete it, if it is there."""
+        _delete(self.directory / name)
 
     def clear(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Delete everything."""
+        _delete(self.directory)
+
+
+def _delete(directory: Path) -> None:
+    """Renamed first: a crash half-way leaves nothing that looks whole."""
+    going = directory.with_name(f"{directory.name}.going.partial")
+    shutil.rmtree(going, ignore_errors=True)
+    if directory.exists():
+        directory.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def forward(

@@ -7,6 +7,7 @@ its `peft_type` is one that PEFT refuses by name. Merged, it is in every tool.
 
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from safetensors.torch import save_file
@@ -43,26 +44,31 @@ class MaskedLora(Linear):
 
 
 def set_masks_(model: nn.Module, directory: str | Path) -> None:
-    """Give every `MaskedLora` of a PEFT model its mask: that of a packed linear, which has one, or
-    the one in the directory of a pruned model or an adapter.
+    """Give every `MaskedLora` of a PEFT model its mask.
+
+    Args:
+        directory: of a pruned model or an adapter, with masks; of a packed model it needs none.
 
     Raises:
-        UserError: there is none for one of them.
+        UserError: there is none for one of them, or it is not that of the packed linear.
     """
     masks: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if not isinstance(module, MaskedLora):
             continue
-        if isinstance(module.base_layer, PackedLinear):
-            module.register_buffer("bits", module.base_layer.bits, persistent=False)
-            continue
         name = name.removeprefix("base_model.model.")
         layer = name.split(".")[2]
         if name not in masks and layer.isdigit():
             masks |= layer_masks(directory, int(layer))
-        if name not in masks:
+        bits = masks.pop(name, None)
+        if isinstance(module.base_layer, PackedLinear):
+            held = module.base_layer.bits
+            if bits is not None and not torch.equal(bits.to(held.device), held):
+                refuse("adapter.masked", f"{directory} with other masks", "those of the model")
+            bits = held
+        if bits is None:
             refuse("adapter.masked", f"{directory} without a mask for {name}", "semi, unst")
-        bits = masks.pop(name).to(module.lora_A["default"].weight.device)
+        bits = bits.to(module.lora_A["default"].weight.device)
         module.register_buffer("bits", bits, persistent=False)
 
 

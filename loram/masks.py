@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -33,19 +32,9 @@ def layer_file(directory: str | Path, layer: int) -> Path:
 
 
 def layer_masks(directory: str | Path, layer: int) -> dict[str, Tensor]:
-    """The packed masks of one layer by module name; empty where nothing was pruned singly.
-
-    A packed model (`loram.packed`) has them among its weights, as `<module>.bits`.
-    """
+    """The packed masks of one layer by module name; empty where nothing was pruned singly."""
     file = layer_file(directory, layer)
-    if file.is_file():
-        return load_file(file)
-    packed = Path(directory) / f"model-layers-{layer:05d}.safetensors"
-    if not packed.is_file():
-        return {}
-    with safe_open(packed, "pt") as opened:
-        names = [name for name in opened.keys() if name.endswith(".bits")]
-        return {name.removesuffix(".bits"): opened.get_tensor(name) for name in names}
+    return load_file(file) if file.is_file() else {}
 
 
 def of_weights(model: PreTrainedModel, directory: str | Path) -> dict[nn.Parameter, Tensor]:

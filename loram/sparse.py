@@ -58,7 +58,8 @@ def sparsify(
 
     `out` becomes an ordinary model directory of the same shapes, with exact zeros, the masks beside
     it (`loram.masks`), weights in their dtype. Peak memory: one layer in float32 with its Hessians,
-    and the activations of one batch or the widest Hessian once more. That is under three layers.
+    and the activations of one batch or the widest Hessian once more; of LLaMA-2-70B that is 2.9
+    layers, of Qwen2.5-7B, whose MLP is five times as wide as the rest, 4.1.
 
     Args:
         source: directory or hub id of the full model.

@@ -60,8 +60,8 @@ def factor(hessian: Tensor) -> tuple[Tensor, Tensor, float]:
     """The upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U.
 
     It is the inverse of the upper R with H = R R^T, which is the lower Cholesky factor of H with
-    rows and columns in reverse order, put back into order. The inverse itself is never made: two
-    matrices of the Hessian's size live, where the reference has four, and only one thing can fail.
+    rows and columns in reverse order, put back into order. The inverse itself is never made: never
+    more than two matrices of the Hessian's size live, and only one thing can fail.
 
     Args:
         hessian: float32 (inputs, inputs); overwritten.

@@ -114,7 +114,7 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
         needed = memory.prune_bytes(config, recipe.prune, rows, seq_len)
         row("score, prune (a layer at a time)", needed)
     if recipe.compensate.rank:
-        needed = memory.compensate_bytes(config, rows, seq_len)
+        needed = memory.compensate_bytes(config, rows, max(seq_len, recipe.sft.seq_len))
         row("compensate (a layer at a time)", needed)
     if recipe.align.steps:
         options: dict[str, Any] = {"workers": place.workers, "masked": plan.size(small).masked}

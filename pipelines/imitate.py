@@ -35,8 +35,12 @@ def compensate(
 ) -> Metrics:
     """Fit low-rank stand-ins for what was removed, on general text, on the task, or on both."""
     data = [path for path in (corpus, instruct) if path]
-    each = config.rows // len(data)
-    rows = [calibration(path, each, place, "compensate.rows")[0] for path in data]
+    packed = [Packed(path / "train") for path in data]
+    counts = [min(config.rows // len(data), rows.rows) for rows in packed]  # a task may have few
+    rows = [
+        batches(rows, range(count), place.micro_batch)
+        for rows, count in zip(packed, counts, strict=True)
+    ]
     options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
     found = loram.compensate.compensate(model, pruned, out, chain(*rows), config, **options)
     stand_ins = size(read_config(out)).stand_ins
@@ -100,9 +104,7 @@ def distil(
     )
 
 
-def calibration(
-    corpus: Path, count: int, place: Place, setting: str = "calibration_rows"
-) -> tuple[Iterator[Batch], int]:
+def calibration(corpus: Path, count: int, place: Place) -> tuple[Iterator[Batch], int]:
     """The first packed rows of the corpus, and their number of tokens.
 
     Raises:
@@ -110,5 +112,5 @@ def calibration(
     """
     packed = Packed(corpus / "train")
     if count > packed.rows:
-        refuse(setting, count, f"at most {packed.rows}, the packed rows of the data")
+        refuse("calibration_rows", count, f"at most {packed.rows}, the packed rows of the corpus")
     return batches(packed, range(count), place.micro_batch), count * packed.seq_len

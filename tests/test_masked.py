@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 
 from loram.adapter import AdapterConfig, attach, merge, open_adapted, recover, save_adapter
-from loram.masks import layer_masks, unpacked
+from loram.errors import UserError
+from loram.masks import layer_file, layer_masks, unpacked
 from loram.model import load
 from loram.sparse import pack
 from loram.train import TrainConfig, train
@@ -42,6 +44,11 @@ def test_trained_recovered_and_merged(family, masked, tmp_path):
         outside = max(outside, float((after - before)[gone].abs().max()))
     if masked:
         assert outside == 0
+        other = layer_masks(pruned, 1)
+        first = next(iter(other))
+        save_file(other | {first: 255 - other[first]}, layer_file(tmp_path / "adapter", 1))
+        with pytest.raises(UserError, match="with other masks"):
+            open_adapted(tmp_path / "packed", tmp_path / "adapter")
         with pytest.raises((ValueError, KeyError), match="LORAM_MASKED"):
             PeftModel.from_pretrained(full, tmp_path / "recovered")
     else:

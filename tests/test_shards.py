@@ -54,13 +54,13 @@ def test_a_weight_that_is_not_finite_is_named(method, name, tmp_path):
 
 
 def test_a_crash_while_deleting_leaves_nothing_half(tmp_path, monkeypatch):
-    spool = Spool(tmp_path)
+    spool = Spool(tmp_path / "activations")
     spool.write("input-3", (torch.ones(2) for _ in range(3)))
 
     def rmtree(path, **options):
         """Deletes one file and dies."""
         if path.exists():
-            next(path.iterdir()).unlink()
+            next(file for file in path.rglob("*") if file.is_file()).unlink()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -68,9 +68,17 @@ def test_a_crash_while_deleting_leaves_nothing_half(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             spool.drop("input-3")
     assert spool.names() == set()
+    spool.write("input-4", [torch.ones(2)])
+    with monkeypatch.context() as patched:
+        patched.setattr("loram.layers.shutil.rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            spool.clear()
+    assert spool.names() == set()
     spool.write("input-3", [torch.zeros(1)])
     spool.drop("input-3")
     spool.drop("input-3")
+    assert not list(spool.directory.iterdir())
+    spool.clear()
     assert not list(tmp_path.iterdir())
 
 

@@ -51,7 +51,7 @@ def measure(
     root: Path, shape: str, config: LlamaConfig, methods: tuple[str, ...], rows: int
 ) -> None:
     """Keep the cells that results.jsonl lacks."""
-    cell = {"shape": shape, "compute": "bfloat16"}  # of scoring
+    cell = {"shape": shape, "scores_in": "bfloat16"}
     missing = [method for method in methods if not there("memory", **cell, method=method)]
     if missing:
         write(config, root / "model")

@@ -1,10 +1,7 @@
 """The deciding classes of SparseGPT, Wanda and LLM-Pruner, from checkouts that are never copied.
 
-DIR of `--references DIR` holds checkouts named `sparsegpt`, `wanda` and `LLM-Pruner`:
-
-    github.com/IST-DASLab/sparsegpt   147d2159dc4f3e9f73e47b32c04d7b3708f44436
-    github.com/locuslab/wanda         8e8fc87b4a2f9955baa7e76e64d5fce7fa8724a6
-    github.com/horseee/LLM-Pruner     128a07d977f9b205d60ab14cfbc6a78f8a8e39d2
+DIR of `--references DIR` holds checkouts, named as the repositories, of IST-DASLab/sparsegpt,
+locuslab/wanda and horseee/LLM-Pruner on GitHub, at the commits below.
 
 Their drivers are written for the transformers of 2023 and for CUDA. What runs here unchanged are
 the classes that decide: `SparseGPT`, `WrappedGPT`, `TaylorImportance`; the loop over layers below
@@ -36,6 +33,11 @@ from loram.prune import PruneConfig, pattern
 from loram.sparse import SHARED
 from loram.taylor import Scores
 
+COMMITS = {
+    "sparsegpt": "147d2159dc4f3e9f73e47b32c04d7b3708f44436",
+    "wanda": "8e8fc87b4a2f9955baa7e76e64d5fce7fa8724a6",
+    "LLM-Pruner": "128a07d977f9b205d60ab14cfbc6a78f8a8e39d2",
+}
 # From a linear and what to remove: a forward hook that gathers, and the pruning itself.
 Decide = Callable[[nn.Linear, PruneConfig], tuple[Callable, Callable[[], None]]]
 
@@ -166,8 +168,8 @@ def _imported(directory: Path, module: str) -> ModuleType:
         ["git", "-C", directory, "rev-parse", "HEAD"], capture_output=True, text=True
     )
     found = head.stdout.strip() or "no commit"
-    if found not in (__doc__ or ""):
-        refuse("--references", f"{directory} at {found}", "the commits in references.py")
+    if found != COMMITS[directory.name]:
+        refuse("--references", f"{directory} at {found}", COMMITS[directory.name])
     sys.path.insert(0, str(directory))
     try:
         return importlib.import_module(module)
