@@ -6,9 +6,10 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export DO_NOT_TRACK := 1
 
-# Without this a field outside of FIELDS would be one of make's own variables, and be ignored.
-$(if $(findstring .,$(foreach given,$(MAKEOVERRIDES),$(firstword $(subst =, ,$(given))))),\
-	$(error fields of the recipe go into FIELDS, as in FIELDS="prune.method=semi nf4=false"))
+# A field given outside of FIELDS would be one of make's own variables, and be ignored.
+typed = $(filter command,$(firstword $(origin $(1))))
+$(foreach name,$(.VARIABLES),$(if $(findstring .,$(name)),$(if $(call typed,$(name)),\
+	$(error $(name) goes into FIELDS, as in FIELDS="prune.method=semi nf4=false"))))
 
 .PHONY: install assets full test test-slow clean
 
