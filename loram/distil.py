@@ -5,7 +5,6 @@ the likeliest next tokens with their log-probabilities, and hidden states betwee
 `loram.train` this needs no large model; the paper's alignment is next-token loss instead.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loram.layers import Layers, Spool, forward
+from loram.by_row import ByRow, from_float8, to_float8, write_info
+from loram.layers import Layers, Spool, walk
 from loram.loss import CHUNK, Batch, CausalLoss
 from loram.shards import link
 from loram.train import train_all_
 
 TRAINED = ("all", "stand_ins")
-INFO = "targets.json"
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
@@ -76,26 +73,15 @@ def write_targets(
     kept = Spool(done)
     chosen = hidden_layers(len(layers), config)
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-        if not spool.names():
-            spool.write("input-0", layers.embedded(batches))
-        reached = next(i for i in range(len(layers) + 1) if f"input-{i}" in spool.names())
-        for i in range(reached, len(layers)):
+        for i in walk(layers, list(batches), spool):
+            hidden = (spool.read(f"input-{i}", n) for n in range(len(batches)))
             if i in chosen:
-                inputs = [(f"input-{i}", n) for n in range(len(batches))]
-                kept.write(f"hidden-{i}", (_float8(spool.read(*at))[0] for at in inputs))
-                kept.write(f"scale-{i}", (_float8(spool.read(*at))[1] for at in inputs))
-            output = forward(layers, i, layers.layer(i), list(batches), spool)
-            spool.write(f"input-{i + 1}", output)
-            spool.drop(f"input-{i}")
-        norm, head = layers.head()
-        for name, part in (("ids", 1), ("log_probs", 0)):
-            if name not in kept.names():
-                hidden = (spool.read(f"input-{len(layers)}", n) for n in range(len(batches)))
-                top = (_top(head, norm(h.to(layers.device)), config.top) for h in hidden)
-                kept.write(name, (found[part] for found in top))
-    rows = torch.cat([batch["row"] for batch in batches]).tolist()
-    info = {"rows": rows, "size": len(batches[0]["row"]), "hidden": chosen}
-    (done / INFO).write_text(json.dumps(info))
+                kept.write_several(f"hidden-{i}", map(to_float8, hidden))
+            elif i == len(layers):
+                norm, head = layers.head()
+                normed = (norm(h.to(layers.device)) for h in hidden)
+                kept.write_several("top", (_top(head, h, config.top) for h in normed))
+    write_info(done, batches, chosen)
     shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
     spool.clear()
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
@@ -114,14 +100,8 @@ def target_bytes(config: PreTrainedConfig, distil: DistilConfig, positions: int)
     return positions * (6 * distil.top + kept * (config.hidden_size + 4))
 
 
-class Targets:
-    """Targets that `write_targets` wrote, by row; only what is asked for is read."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
-        info = json.loads((self.directory / INFO).read_text())
-        self.place = {row: n for n, row in enumerate(info["rows"])}
-        self.size, self.hidden = info["size"], info["hidden"]
+class Targets(ByRow):
+    """Targets that `write_targets` wrote, by row."""
 
     def fetch(self, rows: Tensor) -> Batch:
         """target_ids int64 (b, T, top); target_log_probs float32 (b, T, top); target_hidden bf16
@@ -130,24 +110,13 @@ class Targets:
         Raises:
             KeyError: a row that has no targets.
         """
-        places = [self.place[row] for row in rows.tolist()]
-        hidden = [
-            self._read(f"hidden-{i}", places).float() * self._read(f"scale-{i}", places)
-            for i in self.hidden
-        ]
+        hidden = [from_float8(self.read(f"hidden-{i}", rows)) for i in self.layers]
+        top = self.read("top", rows)
         found = {
-            "target_ids": self._read("ids", places).long(),
-            "target_log_probs": self._read("log_probs", places).float(),
+            "target_ids": top["ids"].long(),
+            "target_log_probs": top["log_probs"].float(),
         }
         return found | ({"target_hidden": torch.stack(hidden, 1).bfloat16()} if hidden else {})
-
-    def _read(self, name: str, places: list[int]) -> Tensor:
-        parts = []
-        for place in places:
-            number, at = divmod(place, self.size)
-            with safe_open(self.directory / name / f"{number:06d}.safetensors", "pt") as file:
-                parts.append(file.get_slice("x")[at : at + 1])
-        return torch.cat(parts)
 
 
 class DistilLoss(CausalLoss):
@@ -211,18 +180,11 @@ def _divergence(head: nn.Module, hidden: Tensor, ids: Tensor, log_probs: Tensor)
     return (p.exp() * (p - q)).sum()
 
 
-def _top(head: nn.Module, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (float16) and ids (int32) of the likeliest tokens of each position."""
+def _top(head: nn.Module, hidden: Tensor, count: int) -> Batch:
+    """`log_probs` (float16) and `ids` (int32) of the likeliest tokens of each position."""
     found: Iterator[Any] = (
         head(part).float().log_softmax(-1).topk(count) for part in hidden.flatten(0, 1).split(CHUNK)
     )
     values, ids = zip(*((top.values, top.indices.int()) for top in found), strict=True)
     shape = (*hidden.shape[:2], count)
-    return torch.cat(values).half().view(shape), torch.cat(ids).view(shape)
-
-
-def _float8(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states as float8 (e4m3), and the float32 scale of each position: some channels are
-    hundreds of times larger than others, which integers of one byte would lose."""
-    scale = hidden.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / LARGEST
-    return (hidden.float() / scale).to(torch.float8_e4m3fn), scale
+    return {"log_probs": torch.cat(values).half().view(shape), "ids": torch.cat(ids).view(shape)}

@@ -105,11 +105,16 @@ class Spool:
 
     def write(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Write one tensor a batch; after a crash half-way nothing of it counts."""
+        self.write_several(name, ({"x": tensor} for tensor in tensors))
+
+    def write_several(self, name: str, batches: Iterable[Batch]) -> None:
+        """Write several named tensors a batch."""
         partial = self.directory / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for number, tensor in enumerate(tensors):
-            save_file({"x": tensor.contiguous().cpu()}, partial / f"{number:06d}.safetensors")
+        for number, batch in enumerate(batches):
+            tensors = {key: tensor.contiguous().cpu() for key, tensor in batch.items()}
+            save_file(tensors, partial / f"{number:06d}.safetensors")
         self.drop(name)
         partial.rename(self.directory / name)
 
@@ -135,6 +140,25 @@ def _delete(directory: Path) -> None:
     if directory.exists():
         directory.rename(going)
         shutil.rmtree(going, ignore_errors=True)
+
+
+def walk(layers: Layers, batches: list[Batch], spool: Spool) -> Iterator[int]:
+    """Take the batches through the layers; yields i while `input-<i>` waits in the spool, what goes
+    into layer i, and at the end what came out of the last. After a crash it starts with the i that
+    it had reached.
+
+    Raises:
+        ValueError: NaN or Inf; names the layer.
+    """
+    names = spool.names()
+    if not names:
+        spool.write("input-0", layers.embedded(batches))
+    reached = next((i for i in range(len(layers) + 1) if f"input-{i}" in names), 0)
+    yield reached
+    for i in range(reached, len(layers)):
+        spool.write(f"input-{i + 1}", forward(layers, i, layers.layer(i), batches, spool))
+        spool.drop(f"input-{i}")
+        yield i + 1
 
 
 def forward(

@@ -34,14 +34,17 @@ def sft_bytes(
     rows: int,
     seq_len: int,
     checkpointing: bool,
+    offsets: int = 0,
 ) -> int:
     """Peak of LoRA training with micro-batches of `rows` x `seq_len`, more than one a step.
 
-    The frozen base; a LoRA weight, its gradient and two moments in float32; activations.
+    The frozen base; a LoRA weight, its gradient and two moments in float32; activations, and the
+    offsets of a micro-batch.
 
     Args:
         config: of the model that is trained; of a sparse one, once packed.
         nf4: whether its linears are quantised, by bitsandbytes or as survivors.
+        offsets: layers after which the residual stream is corrected.
     """
     count, (model, counts) = size(config), _layers_of_each_shape(config)
     if nf4:
@@ -50,6 +53,7 @@ def sft_bytes(
                 model.model.layers.set_submodule(name, _Dequantised(module))
     lora = 16 * lora_parameters(config, adapter)
     base = count.nf4_bytes if nf4 else count.bf16_bytes
+    base += 2 * offsets * rows * seq_len * config.hidden_size
     adapted = attach(model, adapter)
     return base + lora + _activations(adapted, model, counts, rows, seq_len, checkpointing)
 

@@ -13,6 +13,7 @@ from loram.distil import TRAINED, target_bytes
 from loram.errors import refuse
 from loram.formats import Message
 from loram.model import check_weights, read_config
+from loram.offsets import offset_bytes
 from loram.plan import planned_config, size
 from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
@@ -33,7 +34,8 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    check_store(store, config, distil_bytes(recipe, config))
+    known = distil_bytes(recipe, config) + offsets_bytes(recipe, config)
+    check_store(store, config, known)
     tokenizer = check_model(recipe.model)
     for setting, sources, kind in (
         ("corpus.sources", recipe.corpus.sources, Corpus),
@@ -62,6 +64,8 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     _check_compensation(config, recipe.compensate)
     _check_distillation(config, recipe)
+    if not 0 <= recipe.offset.layers <= config.num_hidden_layers:
+        refuse("offset.layers", recipe.offset.layers, f"0 (none) to {config.num_hidden_layers}")
     whole = recipe.prune.keep_first + recipe.prune.keep_last
     if recipe.prune.method in STRUCTURED and (
         min(recipe.prune.keep_first, recipe.prune.keep_last) < 0
@@ -138,6 +142,12 @@ def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
         return 0
     positions = recipe.align.steps * recipe.align.global_batch * recipe.align.seq_len
     return target_bytes(config, recipe.distil, positions)
+
+
+def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """What the offsets of the rows that SFT reads take on disk at most."""
+    rows = recipe.sft.steps * recipe.sft.global_batch + recipe.instruct.held_out
+    return offset_bytes(config, recipe.offset, rows * recipe.sft.seq_len)
 
 
 def _check_training(
@@ -223,11 +233,11 @@ def check_hardware(recipe: Recipe) -> None:
         refuse("GPU", f"compute capability {found}", "8.0 or newer, for bfloat16")
 
 
-def check_store(store: Path, config: PreTrainedConfig, targets: int = 0) -> None:
+def check_store(store: Path, config: PreTrainedConfig, known: int = 0) -> None:
     """The store can be written and holds what a run of this model leaves there.
 
     Args:
-        targets: bytes of the large model's, for distillation.
+        known: bytes of what the large model makes of rows: targets, offsets.
     """
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -237,7 +247,7 @@ def check_store(store: Path, config: PreTrainedConfig, targets: int = 0) -> None
     except OSError as error:
         refuse("store", f"{store}, not writable ({error.strerror})", "a writable directory")
     # Pruned, aligned and quantised copies, and checkpoints of alignment in float32 with moments.
-    needed, free = 15 * size(config).total + targets, shutil.disk_usage(store).free
+    needed, free = 15 * size(config).total + known, shutil.disk_usage(store).free
     if free < needed:
         refuse("store", f"{free / 1e9:.1f} GB free at {store}", f"{needed / 1e9:.1f} GB or more")
 

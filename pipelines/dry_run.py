@@ -13,7 +13,7 @@ from loram.model import read_config
 from loram.prune import STRUCTURED
 from loram.pruned import compensated_config
 from loram.train import TrainConfig
-from pipelines.check import check, check_settings, distil_bytes
+from pipelines.check import check, check_settings, distil_bytes, offsets_bytes
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
@@ -89,6 +89,9 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     if recipe.distil.trained:
         disk = distil_bytes(recipe, config)
         table.add_row("the large model's targets, bytes on disk at most", f"{disk:,}", "")
+    if recipe.offset.layers:
+        disk = offsets_bytes(recipe, config)
+        table.add_row("offsets, bytes on disk at most", f"{disk:,}", "")
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
     table.add_row(
         "pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", ""
@@ -122,10 +125,11 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
         needed = memory.align_bytes(aligned, rows, seq_len, less, **options)
         row("distil" if recipe.distil.trained else "align", needed)
     plain = replace(recipe.adapter, masked=False)
-    trainings = [("sft", small, recipe.adapter, recipe.nf4)]
-    trainings += [(f"sft_{name}", config, plain, name == "qlora") for name in recipe.compare]
-    for name, trained, adapter, nf4 in trainings:
-        row(name, memory.sft_bytes(trained, adapter, nf4, rows, recipe.sft.seq_len, less))
+    batch = rows, recipe.sft.seq_len, less
+    needed = memory.sft_bytes(small, recipe.adapter, recipe.nf4, *batch, recipe.offset.layers)
+    row("sft", needed)
+    for name in recipe.compare:
+        row(f"sft_{name}", memory.sft_bytes(config, plain, name == "qlora", *batch))
     row("inference with the full model in bf16", plan.size(config).bf16_bytes)
     return table
 
@@ -142,6 +146,9 @@ def _tokens(recipe: Recipe) -> Table:
         seq_len = max(recipe.align.seq_len, recipe.sft.seq_len)
         table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
     row("distil" if recipe.distil.trained else "align", recipe.align)
+    if recipe.offset.layers:
+        tokens = recipe.sft.steps * recipe.sft.global_batch + recipe.instruct.held_out
+        table.add_row("offsets", "-", f"{tokens * recipe.sft.seq_len:,}")
     row("sft", recipe.sft)
     for name in recipe.compare:
         row(f"sft_{name}", recipe.sft)

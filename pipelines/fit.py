@@ -52,6 +52,7 @@ def fit(
     distil: DistilConfig | None = None,
     targets: Path | None = None,
     kept: Path | None = None,
+    offsets: Path | None = None,
 ) -> Metrics:
     """Train on a Ray cluster and write the best model by held-out loss.
 
@@ -63,6 +64,8 @@ def fit(
         train, held_out: packed rows.
         distil, targets: align by distillation, towards these targets of the rows in `train`.
         kept: of a pruned model, to train `adapter` on the full one at its positions alone.
+        offsets: directory with those of `train` and `held_out`, for a small model in `sft`; losses
+            are then near those of the large model.
         work: keeps checkpoints, `metrics.jsonl` (a line a step: loss, lr, grad_norm, tokens,
             tokens_per_second, peak_memory ...; a line an evaluation: held_out_loss) and
             `rows-<rank>.jsonl`, the rows each worker saw at each step.
@@ -91,6 +94,7 @@ def fit(
         distil,
         targets and targets.absolute(),
         kept and kept.absolute(),
+        offsets and offsets.absolute(),
         place,
         work,
         called,

@@ -130,7 +130,13 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         masked = recipe.adapter.masked and frozen is small
         config = steps.SftConfig(recipe.sft, replace(recipe.adapter, masked=masked))
         given: dict[str, Step | Source] = {"model": frozen, "instruct": instruct}
-        return light(name, steps.sft, config, given | ({"kept": kept} if kept else {}))
+        given |= {"kept": kept} if kept else {}
+        if recipe.offset.layers and frozen is small:
+            total = recipe.sft.steps * recipe.sft.global_batch
+            wanted = imitate.OffsetsConfig(recipe.offset, total, recipe.sft.seed)
+            read: dict[str, Step | Source] = {"model": model, "small": small, "instruct": instruct}
+            given["offsets"] = heavy("offsets", imitate.offsets, wanted, read)
+        return light(name, steps.sft, config, given)
 
     def evaluate(name: str, frozen: Step | Source, adapter: Step | None = None) -> Step:
         given = {"model": frozen, "in_domain": in_domain, "out_of_domain": out_of_domain}

@@ -1,4 +1,5 @@
-"""The steps that make the small model behave like the large one: compensation, distillation."""
+"""The steps that make the small model behave like the large one: compensation, distillation,
+offsets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from loram.distil import DistilConfig, write_targets
 from loram.errors import refuse
 from loram.loss import Batch
 from loram.model import read_config
+from loram.offsets import OffsetConfig, write_offsets
 from loram.packing import Packed, batches, order
 from loram.plan import size
 from loram.train import TrainConfig
@@ -102,6 +104,39 @@ def distil(
         distil=config.distil,
         targets=targets,
     )
+
+
+@dataclass(frozen=True)
+class OffsetsConfig:
+    """offset: as in the recipe. rows, seed: as in `TargetsConfig`, of SFT."""
+
+    offset: OffsetConfig
+    rows: int
+    seed: int
+
+
+def offsets(
+    config: OffsetsConfig,
+    *,
+    model: str,
+    small: Path,
+    instruct: Path,
+    out: Path,
+    work: Path,
+    place: Place,
+) -> Metrics:
+    """By how much the small model's residual stream is off on the rows that SFT will read."""
+    metrics: Metrics = {"bytes": 0, "tokens": 0}
+    for part in ("train", "held_out"):
+        packed = Packed(instruct / part)
+        ids = np.arange(packed.rows)
+        if part == "train":
+            ids = np.unique(order(packed.rows, config.rows, config.seed))
+        rows = list(batches(packed, ids, place.micro_batch))
+        options = {"work": work / part, "device": place.device, "dtype": torch.bfloat16}
+        found = write_offsets(model, small, out / part, rows, config.offset, **options)
+        metrics = {name: metrics[name] + found[name] for name in metrics}
+    return metrics | {"peak_memory_bytes": place.peak_memory()}
 
 
 def calibration(corpus: Path, count: int, place: Place) -> tuple[Iterator[Batch], int]:

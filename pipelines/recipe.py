@@ -13,6 +13,7 @@ from loram.adapter import AdapterConfig
 from loram.compensate import CompensateConfig
 from loram.distil import DistilConfig
 from loram.errors import refuse
+from loram.offsets import OffsetConfig
 from loram.prune import PruneConfig
 from loram.train import TrainConfig
 from pipelines.journal import redact
@@ -69,6 +70,7 @@ class Recipe:
         compensate: stand-ins for what was removed, fitted between pruning and alignment.
         nf4: QLoRAM: quantise the pruned and aligned model before SFT.
         distil: align towards the large model's answers instead of the next token.
+        offset: put the small model's residual stream where the full one's is, in SFT.
         correct: correct the recovered adapter for weights that alignment, SparseGPT or NF4 changed.
         compare: what to train on the full model beside LoRAM: `lora`; `qlora`; `bound`, LoRA at the
             positions that pruning keeps alone.
@@ -86,6 +88,7 @@ class Recipe:
     align: TrainConfig = TrainConfig(steps=400, lr=5e-5)
     distil: DistilConfig = DistilConfig()
     nf4: bool = True
+    offset: OffsetConfig = OffsetConfig()
     adapter: AdapterConfig = AdapterConfig()
     sft: TrainConfig = TrainConfig(steps=400, lr=1e-3)
     correct: bool = False

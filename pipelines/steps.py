@@ -157,12 +157,14 @@ def sft(
     model: Path | str,
     instruct: Path,
     kept: Path | None = None,
+    offsets: Path | None = None,
     out: Path,
     work: Path,
     place: Place,
 ) -> Metrics:
     """Train a LoRA adapter on the model as it is: small or full, 16-bit or NF4; with `kept`, a
-    pruned model, on the full one at the positions that pruning keeps."""
+    pruned model, on the full one at the positions that pruning keeps; with `offsets`, on the small
+    one put where the full one is."""
     return fit(
         "sft",
         model=Path(model),
@@ -174,6 +176,7 @@ def sft(
         out=out,
         work=work,
         kept=kept,
+        offsets=offsets,
     )
 
 

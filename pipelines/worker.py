@@ -22,6 +22,7 @@ from loram.evaluate import perplexity
 from loram.loss import CausalLoss
 from loram.masks import of_weights
 from loram.model import load
+from loram.offsets import OffsetLoss, Offsets
 from loram.packing import Packed, batches, order
 from loram.parallel import load_state, masters_, replicate, save_state, shard, world
 from loram.train import Log, TrainConfig, adamw, train, train_all_
@@ -46,6 +47,7 @@ class Job:
     distil: DistilConfig | None
     targets: Path | None
     kept: Path | None
+    offsets: Path | None
     place: Place
     work: Path
     called: float  # Unix seconds
@@ -76,9 +78,11 @@ def work(job: Job) -> dict[str, Any]:
     ids = steps.reshape(config.steps, size, share)[start : config.last, rank]
     rows = stream(job.train, ids.ravel(), place.micro_batch)
     rows = chain(list(islice(rows, 1)), rows)  # waits until Ray Data has started
-    if job.targets:
-        targets = Targets(job.targets)
-        rows = (batch | targets.fetch(batch["row"]) for batch in rows)
+    more: Targets | Offsets | None = Targets(job.targets) if job.targets else None
+    if job.offsets:
+        more = Offsets(job.offsets / "train")
+    if more:
+        rows = (batch | more.fetch(batch["row"]) for batch in rows)
     seen = go_on(job.work / f"rows-{rank}.jsonl", start)
     curve = go_on(job.work / CURVE, start) if rank == 0 else None
     started = time.time()
@@ -118,7 +122,8 @@ def _build(job: Job, device: torch.device) -> tuple[nn.Module, Any]:
     if job.stage == "sft":
         assert job.adapter
         adapted = attach(model, job.adapter, job.config.seed)
-        return replicate(CausalLoss(adapted)), adapted
+        corrected = Offsets(job.offsets / "train").layers if job.offsets else []
+        return replicate(OffsetLoss(adapted, corrected)), adapted
     if job.distil:
         module = DistilLoss(train_(model, job.distil), job.distil)
     else:
@@ -129,12 +134,13 @@ def _build(job: Job, device: torch.device) -> tuple[nn.Module, Any]:
 def _held_out(job: Job) -> Any:
     """This worker's share of the held-out rows, in as many batches as every other worker's."""
     (rank, size), total = world(), job.held_out.rows
+    offsets = Offsets(job.offsets / "held_out") if job.offsets else None
     share = -(-total // size)
     ids = np.arange(rank * share, (rank + 1) * share)
     for start, batch in enumerate(batches(job.held_out, ids % total, job.place.micro_batch)):
         first = start * job.place.micro_batch
         batch["labels"][ids[first : first + job.place.micro_batch] >= total] = -100
-        yield batch
+        yield batch | (offsets.fetch(batch["row"]) if offsets else {})
 
 
 def _line(job: Job, log: Log) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import loram.distil
+import loram.layers
 from loram.compensate import CompensateConfig, compensate
 from loram.distil import (
     DistilConfig,
@@ -123,7 +123,7 @@ def test_training_comes_nearer_and_changes_what_was_asked(trained, tmp_path):
 
 def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     save(tiny_model("llama"), tmp_path / "base")
-    asked, original = [], loram.distil.forward
+    asked, original = [], loram.layers.forward
 
     def forward(layers, i, *rest):
         asked.append(i)
@@ -131,7 +131,7 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return original(layers, i, *rest)
 
-    monkeypatch.setattr(loram.distil, "forward", forward)
+    monkeypatch.setattr(loram.layers, "forward", forward)
     (tmp_path / "out").mkdir()
     arguments = tmp_path / "base", tmp_path / "out", numbered(), CONFIG
     bf16 = {"dtype": torch.bfloat16}  # as the pipeline calls it

@@ -94,8 +94,10 @@ def test_compensated_distilled_and_corrected(user):
     """Every way to close the gap in one run, with the bound beside it; NF4."""
     words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
     words += ["distil.trained=stand_ins", "correct=true", 'compare=["lora","bound"]']
+    words += ["offset.layers=2"]
     log = user("test", *words)
-    assert {"compensate", "targets", "distil", "quantise", "sft_bound", "recover"} <= made(log)
+    wanted = {"compensate", "targets", "distil", "quantise", "offsets", "sft_bound", "recover"}
+    assert wanted <= made(log)
     assert "│ LoRA where pruning keeps " in log and "│ QLoRAM-Stru, large " in log
     report = Path(re.search(r"report +(\S+)", log).group(1))
     records = {
@@ -104,6 +106,8 @@ def test_compensated_distilled_and_corrected(user):
     }
     assert records["compensate"]["metrics"]["stand_in_parameters"] == 2 * 2 * 2 * 4 * 64
     assert records["targets"]["metrics"]["bytes"] > 0
+    assert records["offsets"]["metrics"]["bytes"] > 0
+    assert "offsets" in records["sft"]["inputs"] and "offsets" not in records["sft_bound"]["inputs"]
     assert len(records["recover"]["inputs"]) == 4
     adapter = Path(re.search(r"recovered adapter +(\S+)", log).group(1))
     base = AutoModelForCausalLM.from_pretrained(home() / "assets" / "tiny-llama")

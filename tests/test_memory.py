@@ -14,6 +14,7 @@ from loram.loss import CausalLoss
 from loram.masks import of_weights
 from loram.memory import align_bytes, prune_bytes, sft_bytes
 from loram.model import load, read_config, save
+from loram.offsets import OffsetLoss
 from loram.parallel import masters_
 from loram.plan import pruned_size
 from loram.prune import PruneConfig, choose, prune
@@ -85,7 +86,12 @@ def held(module, optimizer) -> int:
 
 
 def trained(
-    source: Path, what: AdapterConfig | DistilConfig | None, nf4: bool, rows: int, less: bool
+    source: Path,
+    what: AdapterConfig | DistilConfig | None,
+    nf4: bool,
+    rows: int,
+    less: bool,
+    offsets: int = 0,
 ) -> int:
     """The bytes of a step of two micro-batches in the training loop; None: plain alignment.
 
@@ -96,7 +102,9 @@ def trained(
         model.activation_checkpointing_enable({"use_reentrant": False})
     one = batch(rows, model.config.vocab_size)
     if isinstance(what, AdapterConfig):
-        module = CausalLoss(attach(model, what))
+        module = OffsetLoss(attach(model, what), list(range(1, offsets + 1)))
+        shape = rows, offsets, T, model.config.hidden_size
+        one |= {"offsets": torch.zeros(shape, dtype=torch.bfloat16)} if offsets else {}
     elif what:
         module = DistilLoss(train_(model, what), what)
         one |= {"target_ids": torch.zeros(rows, T, 8, dtype=torch.int64)}
@@ -108,6 +116,7 @@ def trained(
     optimizer = adamw(masters_(module), config)
     masks = {} if isinstance(what, AdapterConfig) else of_weights(model, source)
     before = held(module, optimizer) + sum(mask.nbytes for mask in masks.values())
+    before += one["offsets"].nbytes if offsets else 0
     batches = [one] * 2
     return before + seen(
         lambda: list(train(module, batches, config, optimizer=optimizer, masks=masks))
@@ -118,13 +127,16 @@ def trained(
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize(
-    "kind", ["full", "full nf4", "stru", "stru nf4", "packed", "packed_nf4", "packed masked"]
+    "kind",
+    ["full", "full nf4", "stru", "stru nf4", "stru offsets"]
+    + ["packed", "packed_nf4", "packed masked"],
 )
 def test_sft(kind, family, rows, checkpointing, models):
     stored, *how = kind.split()
     source, adapter = models / family / stored, AdapterConfig(masked="masked" in how)
-    found = trained(source, adapter, "nf4" in how, rows, checkpointing)
-    guess = sft_bytes(read_config(source), adapter, "nf4" in kind, rows, T, checkpointing)
+    offsets = read_config(source).num_hidden_layers if "offsets" in how else 0
+    found = trained(source, adapter, "nf4" in how, rows, checkpointing, offsets)
+    guess = sft_bytes(read_config(source), adapter, "nf4" in kind, rows, T, checkpointing, offsets)
     assert guess == pytest.approx(found, rel=0.15)
 
 

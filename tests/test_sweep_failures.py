@@ -64,8 +64,9 @@ class Cluster:
                 continue
         return None
 
-    def trains(self) -> bool:
-        """A training of the last sweep did a step just now: Ray knows all that it will get back."""
+    def trains(self, sweep: subprocess.Popen) -> bool:
+        """A training of it did a step just now: Ray knows all that it will get back."""
+        assert sweep.poll() is None, self.log()
         since = max(self.began, time.time() - 3)
         curves = (self.root / "store" / "work").glob("sft-*/metrics.jsonl")
         with suppress(FileNotFoundError):  # a training that has just ended
@@ -77,12 +78,34 @@ class Cluster:
         experiment = client.get_experiment_by_name("loram")
         return list(client.search_runs([experiment.experiment_id], max_results=1000))
 
-    def is_clean(self) -> bool:
-        """All resources are back and no run is open."""
-        code = "import ray; ray.init(log_to_driver=False, logging_level='ERROR')\n"
-        code += "raise SystemExit(ray.available_resources() != ray.cluster_resources())"
-        idle = subprocess.run([sys.executable, "-c", code], env=self.env, capture_output=True)
-        return idle.returncode == 0 and all(r.info.status != "RUNNING" for r in self.runs())
+    def held(self) -> str:
+        """What is not back, and who has it; the open runs; empty if there is nothing."""
+        found = subprocess.run([sys.executable, "-c", HELD], env=self.env, capture_output=True)
+        open_runs = [r.info.run_name for r in self.runs() if r.info.status == "RUNNING"]
+        error = found.stderr.decode()[-2000:] if found.returncode else ""
+        return (
+            found.stdout.decode() + error + "".join(f"run {name} is open\n" for name in open_runs)
+        )
+
+
+# Prints nothing if all resources of the cluster are available.
+HELD = """
+import ray
+from ray.util.state import list_actors, list_jobs, list_placement_groups, list_tasks
+ray.init(log_to_driver=False, logging_level="ERROR")
+free, all = ray.available_resources(), ray.cluster_resources()
+if free != all:
+    print("free", free, "of", all)
+    for group in list_placement_groups(detail=True):
+        if group.state != "REMOVED":
+            print("group", group)
+    for actor in list_actors(filters=[("state", "!=", "DEAD")]):
+        print("actor", actor)
+    for task in list_tasks(filters=[("state", "=", "RUNNING")]):
+        print("task", task)
+    for job in list_jobs():
+        print("job", job.job_id, job.status)
+"""
 
 
 def until(true: Callable[[], Any], limit_s: float = 500) -> Any:
@@ -91,6 +114,13 @@ def until(true: Callable[[], Any], limit_s: float = 500) -> Any:
         assert time.monotonic() < end, "never came true"
         time.sleep(0.2)
     return value
+
+
+def clean(cluster: Cluster, limit_s: float) -> None:
+    """Wait until all resources are back and no run is open."""
+    end = time.monotonic() + limit_s
+    while held := cluster.held():
+        assert time.monotonic() < end, held
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +183,7 @@ def test_mlflow_has_them_all_with_their_tags(failed, cluster):
             assert names <= run.data.metrics.keys()
     for run in cluster.runs():
         assert run.data.tags["variant"] == "stru" and run.data.tags["sweep"]
-    until(cluster.is_clean, 60)
+    clean(cluster, 60)
 
 
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -163,7 +193,7 @@ def test_after_a_killed_driver_the_cluster_is_free(failed, cluster, sign, status
         sweep.send_signal(sign)
         assert sweep.wait(60) == status, cluster.log()
     assert "Traceback" not in cluster.log()
-    until(cluster.is_clean, 90)
+    clean(cluster, 90)
 
 
 def test_a_store_that_disappears_ends_the_sweep_in_one_line(failed, cluster):
@@ -174,4 +204,4 @@ def test_a_store_that_disappears_ends_the_sweep_in_one_line(failed, cluster):
         assert sweep.wait(200) == 2, cluster.log()
     assert cluster.log().strip().splitlines()[-1].startswith("error: store: ")
     assert "Traceback" not in cluster.log()
-    until(cluster.is_clean, 90)
+    clean(cluster, 90)

@@ -15,6 +15,7 @@ STAGES = {
     "prune": "prune",
     "compensate": "compensate",
     "targets": "targets",
+    "offsets": "offsets",
     "align": "align",
     "distil": "align",
     "pack": "quantise",

@@ -57,9 +57,14 @@ WAYS = {
     **{f"task, rank {rank}": OFF + fitted("task", rank) for rank in (8, 16, 32, 128, 576)},
     **{f"task, {rows} rows": OFF + fitted("task", rows=rows) for rows in (16, 32, 128, 256)},
 }
+WAYS |= {
+    f"{way}, offsets {n}": [*WAYS[way], f"offset.layers={n}"]
+    for way in ("none", "general", "task")
+    for n in (1, 3, 6, 15, 30)
+}
 # Of these ways another row of the table than the last.
 ROWS = {"bound": "LoRA where pruning keeps", "qlora": "QLoRA"}
-PREPARING = ("compensate", "align", "targets", "distil")
+PREPARING = ("compensate", "align", "targets", "distil", "offsets")
 
 
 def main() -> None:
@@ -101,7 +106,12 @@ def run(cell: dict) -> None:
     changes = [f"prune.method={cell['method']}", f"correct={json.dumps(cell['correct'])}"]
     changes += [f"prune.ratio={cell['ratio']}"] if cell["ratio"] else []
     changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
-    changes += ["compensate.rank=0", 'distil.trained=""', *WAYS[cell["way"]]]  # each way says it
+    changes += [
+        "compensate.rank=0",
+        'distil.trained=""',
+        "offset.layers=0",
+        *WAYS[cell["way"]],
+    ]  # each way says it
     recipe = resolve("small", changes)
     recipe = seeded(recipe, cell["seed"], recipe.sft.lr)  # as a study, which uses what this made
     store = Store(home() / "store")

@@ -1,0 +1,62 @@
+"""What the large model makes of packed rows, on disk: written batch by batch, read row by row."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from loram.loss import Batch
+from loram.shards import rewrite
+
+INFO = "rows.json"
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def write_info(directory: Path, batches: Sequence[Batch], layers: list[int]) -> None:
+    """Note which rows the batches have, all of one size but the last, and of which layers."""
+    rows = torch.cat([batch["row"] for batch in batches]).tolist()
+    info = {"rows": rows, "size": len(batches[0]["row"]), "layers": layers}
+    rewrite(directory / INFO, json.dumps(info))
+
+
+class ByRow:
+    """The tensors that `Spool` wrote for batches, whose first dimension are rows, by row.
+
+    layers: those that `write_info` was told.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        info = json.loads((self.directory / INFO).read_text())
+        self._place = {row: n for n, row in enumerate(info["rows"])}
+        self._size, self.layers = info["size"], info["layers"]
+
+    def read(self, name: str, rows: Tensor) -> Batch:
+        """What is under a name of these rows; nothing else is read.
+
+        Raises:
+            KeyError: a row that is not there.
+        """
+        parts: dict[str, list[Tensor]] = {}
+        for row in rows.tolist():
+            number, at = divmod(self._place[row], self._size)
+            with safe_open(self.directory / name / f"{number:06d}.safetensors", "pt") as file:
+                for key in file.keys():
+                    parts.setdefault(key, []).append(file.get_slice(key)[at : at + 1])
+        return {key: torch.cat(found) for key, found in parts.items()}
+
+
+def to_float8(x: Tensor) -> Batch:
+    """`values`, float8 (e4m3) like x, and `scale`, float32 (..., 1), of each position: some
+    channels of a residual stream are hundreds of times larger than others, which integers of one
+    byte would lose."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / LARGEST
+    return {"values": (x.float() / scale).to(torch.float8_e4m3fn), "scale": scale}
+
+
+def from_float8(kept: Batch) -> Tensor:
+    """The float32 tensor that `to_float8` kept, to 3 bits after the leading one."""
+    return kept["values"].float() * kept["scale"]

@@ -1,0 +1,184 @@
+"""Offsets: the small model, put where the large one is, and what trains there."""
+
+import pytest
+import torch
+
+import loram.layers
+from loram.adapter import AdapterConfig, attach
+from loram.loss import CausalLoss
+from loram.model import load, save
+from loram.offsets import (
+    OffsetConfig,
+    OffsetLoss,
+    Offsets,
+    offset_bytes,
+    offset_layers,
+    write_offsets,
+)
+from loram.prune import PruneConfig, choose, prune
+from loram.sparse import pack, sparsify
+from loram.taylor import random_scores
+from loram.train import TrainConfig, train
+from tests.conftest import FAMILIES, tiny_model
+from tests.test_distil import numbered
+from tests.test_sparse import rows
+
+ADAPTER = AdapterConfig(r=4, dropout=0.0)
+
+
+def small_and_large(family, tmp_path, ratio=0.5):
+    """Directories of a full model and of it cut at random."""
+    full = tiny_model(family)
+    save(full, tmp_path / "base")
+    config = PruneConfig("rand", ratio, keep_first=1, keep_last=1, seed=3)
+    kept = choose(random_scores(full.config, 3), full.config, config)
+    prune(tmp_path / "base", tmp_path / "small", kept)
+    return tmp_path / "base", tmp_path / "small"
+
+
+def written(tmp_path, base, small, layers, given=None, **options):
+    out = tmp_path / f"offsets-{layers}"
+    out.mkdir()
+    found = write_offsets(
+        base, small, out, given or numbered(), OffsetConfig(layers), work=tmp_path / "w", **options
+    )
+    return Offsets(out), found
+
+
+def state(module, batch) -> torch.Tensor:
+    """What the output head sees, which decides the answer."""
+    given, seen = {name: tensor for name, tensor in batch.items() if name != "row"}, []
+    norm = next(m for name, m in module.named_modules() if name.endswith("model.norm"))
+    hook = norm.register_forward_hook(lambda norm, args, output: seen.append(output.float()))
+    with torch.no_grad():
+        module(**given)
+    hook.remove()
+    return seen[0]
+
+
+def distance(a, b) -> float:
+    return float((a - b).norm())
+
+
+def test_layers_are_spread_evenly_and_the_last_is_among_them():
+    assert offset_layers(30, OffsetConfig(0)) == []
+    assert offset_layers(30, OffsetConfig(1)) == [30]
+    assert offset_layers(30, OffsetConfig(3)) == [10, 20, 30]
+    assert offset_layers(4, OffsetConfig(4)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_the_first_step_the_small_model_answers_as_the_large_one(family, layers, tmp_path):
+    base, small = small_and_large(family, tmp_path)
+    offsets, found = written(tmp_path, base, small, layers)
+    positions = 8 * 48
+    assert found["tokens"] == positions
+    planned = offset_bytes(load(base).config, OffsetConfig(layers), positions)
+    assert planned == positions * layers * (64 + 4)
+    assert 0 < found["bytes"] - planned < 2 * 300
+    module = OffsetLoss(attach(load(small, dtype=torch.float32), ADAPTER), offsets.layers)
+    for batch in numbered():
+        large = state(CausalLoss(load(base, dtype=torch.float32)), batch)
+        there = state(module, batch | offsets.fetch(batch["row"]))
+        assert distance(there, large) < 0.04 * distance(state(module, batch), large)
+
+
+def test_rounding_does_not_add_up(tmp_path):
+    """After each layer the stream is off by what one offset rounds off."""
+    base, small = small_and_large("llama", tmp_path)
+    offsets, _ = written(tmp_path, base, small, 4)
+    model = load(small, dtype=torch.float32)
+    module, batch, seen = OffsetLoss(model, offsets.layers), numbered()[0], []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, args, output: seen.append(output))
+    state(module, batch | offsets.fetch(batch["row"]))
+    full = load(base, dtype=torch.float32)
+    hidden = full(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
+                  output_hidden_states=True).hidden_states  # fmt: skip
+    for i in (1, 2, 3):  # the last state is after the norm
+        off = (seen[i - 1] - hidden[i]).abs().amax(-1)
+        largest = offsets.fetch(batch["row"])["offsets"][:, i - 1].float().abs().amax(-1)
+        assert (off <= 0.08 * largest + 1e-5).all()
+
+
+def test_where_nothing_was_cut_they_are_zero(tmp_path):
+    base, small = small_and_large("qwen3", tmp_path, ratio=0.0)
+    offsets, _ = written(tmp_path, base, small, 2)
+    for batch in numbered():
+        assert not offsets.fetch(batch["row"])["offsets"].any()
+
+
+def test_rows_are_found_by_number(tmp_path):
+    base, small = small_and_large("llama", tmp_path)
+    offsets, _ = written(tmp_path, base, small, 2)
+    both = offsets.fetch(torch.tensor([30, 100]))["offsets"]
+    assert both.shape == (2, 2, 48, 64) and both.dtype == torch.bfloat16
+    assert torch.equal(both[1], offsets.fetch(torch.tensor([100]))["offsets"][0])
+    assert not torch.equal(both[0], both[1])
+    with pytest.raises(KeyError):
+        offsets.fetch(torch.tensor([31]))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "packed", "packed nf4"])
+def test_they_make_up_for_nf4_and_for_single_weights(kind, tmp_path):
+    base, small = small_and_large("llama", tmp_path)
+    if kind == "nf4":
+        save(load(small, nf4=True), tmp_path / "trained")
+    else:
+        sparsify(base, tmp_path / "sparse", rows(4), PruneConfig("semi"), work=tmp_path / "s")
+        pack(tmp_path / "sparse", tmp_path / "trained", nf4="nf4" in kind)
+    bf16 = {"dtype": torch.bfloat16}  # as the pipeline calls it
+    offsets, _ = written(tmp_path, base, tmp_path / "trained", 2, **bf16)
+    module = OffsetLoss(attach(load(tmp_path / "trained"), ADAPTER), offsets.layers)
+    batch = numbered()[0]
+    put_right = batch | offsets.fetch(batch["row"])
+    with torch.autocast("cpu", torch.bfloat16):
+        large = state(CausalLoss(load(base)), batch)
+        there = state(module, put_right)
+        alone = state(module, batch)
+    assert distance(there, large) < 0.1 * distance(alone, large)
+
+
+def test_what_trains_is_the_adapter_alone_and_checkpointing_changes_nothing(tmp_path):
+    base, small = small_and_large("llama", tmp_path)
+    offsets, _ = written(tmp_path, base, small, 2)
+    factors = []
+    for checkpointing in (False, True):
+        model = load(small, dtype=torch.float32)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        adapted = attach(model, ADAPTER)
+        module = OffsetLoss(adapted, offsets.layers)
+        given = [batch | offsets.fetch(batch["row"]) for batch in numbered()] * 4
+        config = TrainConfig(4, 1e-2, 8, warmup_steps=1)
+        logs = list(train(module, given, config, dtype=torch.float32))
+        assert logs[-1].loss < logs[0].loss
+        factors.append({n: w.detach() for n, w in model.named_parameters() if w.requires_grad})
+    assert all("lora_" in name for name in factors[0])
+    for name, factor in factors[0].items():
+        assert torch.allclose(factor, factors[1][name], atol=1e-6)
+
+
+def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
+    base, small = small_and_large("llama", tmp_path)
+    asked, forward = [], loram.layers.forward
+
+    def stumbling(layers, i, *rest):
+        asked.append(i)
+        if asked == [0, 1, 2]:
+            raise OSError(28, "No space left on device")
+        return forward(layers, i, *rest)
+
+    monkeypatch.setattr(loram.layers, "forward", stumbling)
+    (tmp_path / "out").mkdir()
+    arguments = base, small, tmp_path / "out", numbered(), OffsetConfig(4)
+    with pytest.raises(OSError, match="No space"):
+        write_offsets(*arguments, work=tmp_path / "work")
+    write_offsets(*arguments, work=tmp_path / "work")
+    assert asked == [0, 1, 2, 2, 3]
+    once, _ = written(tmp_path, base, small, 4)
+    for row in (30, 100):
+        one = torch.tensor([row])
+        again = Offsets(tmp_path / "out").fetch(one)["offsets"]
+        assert torch.equal(again, once.fetch(one)["offsets"])
