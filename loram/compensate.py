@@ -5,14 +5,15 @@ Let h be the residual stream of the large model and g that of the small one with
 compensated before; f a whole sub-block (attention or MLP), f_kept the cut one, x = norm(g) its
 input. C is the ridge regression on x of what is missing, h + f(norm(h)) - g - f_kept(x), over the
 calibration tokens; (x P) Q is the nearest to x C of rank k. It makes up for what was removed here
-and for what is still missing from before. Kept weights are not touched.
+and for what is still missing from before; nothing is after a layer whose output training will put
+right (`loram.offsets`). Kept weights are not touched.
 
 The adapter then learns the task instead of repairing the small model. P and Q are dropped at
 recovery: the large model does that part itself.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,6 +62,7 @@ def compensate(
     batches: Iterable[Batch],
     config: CompensateConfig,
     *,
+    offsets: Collection[int] = (),
     work: Path | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -77,6 +79,8 @@ def compensate(
         pruned: directory of the small one, not packed and not quantised.
         batches: dicts of int64 (batch, seq_len): input_ids, labels, position_ids. What comes after
             the last label of a row counts as padding.
+        offsets: layers, numbered from 1, after which offsets will put the residual stream right in
+            training: what is missing before is then not missing behind.
         work: where activations wait; a call with the same directory after a crash goes on at the
             sub-block it had reached. Emptied at the end.
         dtype: of the computation (autocast).
@@ -91,6 +95,7 @@ def compensate(
     if work is None:
         with TemporaryDirectory() as name:
             options: dict[str, Any] = {"work": Path(name), "device": device, "dtype": dtype}
+            options["offsets"] = offsets
             return compensate(source, pruned, out, batches, config, **options)
     batches, out = list(batches), Path(out)
     tokens = sum(int(_real(batch).sum()) for batch in batches)
@@ -102,7 +107,7 @@ def compensate(
     blocks, spool, done = _blocks(full, pruned), Spool(work / "activations"), work / "done"
     done.mkdir(parents=True, exist_ok=True)
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-        _fit(_Streams(full, small, batches, spool), blocks, config, done)
+        _fit(_Streams(full, small, batches, spool), blocks, config, offsets, done)
     out.mkdir(parents=True, exist_ok=True)
     for part in small.checkpoint.parts():
         names = small.checkpoint.names(part) or [part]
@@ -162,7 +167,13 @@ class _Streams:
             yield self.read("kept", n) + x @ p.to(x) @ q.to(x)
 
 
-def _fit(streams: _Streams, blocks: list[str], config: CompensateConfig, done: Path) -> None:
+def _fit(
+    streams: _Streams,
+    blocks: list[str],
+    config: CompensateConfig,
+    offsets: Collection[int],
+    done: Path,
+) -> None:
     """Both streams through all sub-blocks; the stand-ins of `blocks` into `done`."""
     spool, full, small = streams.spool, streams.full, streams.small
     reached = streams.reached()
@@ -182,9 +193,12 @@ def _fit(streams: _Streams, blocks: list[str], config: CompensateConfig, done: P
             report = done / REPORT
             rewrite(report, json.dumps(_read(report) | {name: fit.left(p, q)}))
             # What follows sees them as they are kept.
-            spool.write(after, streams.compensated(number, of_small, p, q))
+            output = streams.compensated(number, of_small, p, q)
         else:
-            spool.write(after, streams.kept(number, of_small, None))
+            output = streams.kept(number, of_small, None)
+        if number % 2 and i + 1 in offsets:
+            output = (streams.read(f"large-{number + 1}", n) for n in range(len(streams.batches)))
+        spool.write(after, output)
         spool.drop(f"large-{number}")
         spool.drop(f"small-{number}")
 

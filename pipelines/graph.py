@@ -107,7 +107,8 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         names = data if recipe.compensate.data == "both" else (recipe.compensate.data,)
         fitted: dict[str, Step | Source] = {data[name].name: data[name] for name in names}
         fitted |= {"model": model, "pruned": pruned}
-        small = heavy("compensate", imitate.compensate, recipe.compensate, fitted)
+        config = imitate.StandInsConfig(recipe.compensate, recipe.offset)
+        small = heavy("compensate", imitate.compensate, config, fitted)
     if recipe.align.steps and recipe.distil.trained:
         total = recipe.align.steps * recipe.align.global_batch
         wanted = imitate.TargetsConfig(

@@ -15,7 +15,7 @@ from loram.distil import DistilConfig, write_targets
 from loram.errors import refuse
 from loram.loss import Batch
 from loram.model import read_config
-from loram.offsets import OffsetConfig, write_offsets
+from loram.offsets import OffsetConfig, offset_layers, write_offsets
 from loram.packing import Packed, batches, order
 from loram.plan import size
 from loram.train import TrainConfig
@@ -24,8 +24,16 @@ from pipelines.place import Place
 from pipelines.step import Metrics
 
 
+@dataclass(frozen=True)
+class StandInsConfig:
+    """As in the recipe: offsets decide what stand-ins have to make up for."""
+
+    compensate: CompensateConfig
+    offset: OffsetConfig
+
+
 def compensate(
-    config: CompensateConfig,
+    config: StandInsConfig,
     *,
     model: str,
     pruned: Path,
@@ -38,13 +46,16 @@ def compensate(
     """Fit low-rank stand-ins for what was removed, on general text, on the task, or on both."""
     data = [path for path in (corpus, instruct) if path]
     packed = [Packed(path / "train") for path in data]
-    counts = [min(config.rows // len(data), rows.rows) for rows in packed]  # a task may have few
+    # A task may have few.
+    counts = [min(config.compensate.rows // len(data), rows.rows) for rows in packed]
     rows = [
         batches(rows, range(count), place.micro_batch)
         for rows, count in zip(packed, counts, strict=True)
     ]
     options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
-    found = loram.compensate.compensate(model, pruned, out, chain(*rows), config, **options)
+    layers = offset_layers(read_config(pruned).num_hidden_layers, config.offset)
+    fitted = chain(*rows), config.compensate
+    found = loram.compensate.compensate(model, pruned, out, *fitted, offsets=layers, **options)
     stand_ins = size(read_config(out)).stand_ins
     return found | {"stand_in_parameters": stand_ins, "peak_memory_bytes": place.peak_memory()}
 

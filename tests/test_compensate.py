@@ -49,6 +49,34 @@ def test_a_linear_model_is_made_up_for_exactly(method, tmp_path):
     assert distance(tmp_path, tmp_path / "small", document=1) < 1e-6 * before
 
 
+def test_behind_an_offset_nothing_is_missing_from_before(tmp_path):
+    """Layer 2's stand-ins are then those of a model that is whole before it."""
+    make(tmp_path, "llama")  # cuts layers 1 and 2
+    again(tmp_path, 4, "offsets", offsets=[2, 4])
+    for cut in (1, 2):  # layers numbered from 0
+        whole, kept = Kept.whole(tiny_model("llama").config), Kept.load(tmp_path / "pruned")
+
+        def mixed(name, cut=cut, whole=whole, kept=kept):
+            parts = zip(getattr(kept, name), getattr(whole, name), strict=True)
+            return tuple(one if i == cut else other for i, (one, other) in enumerate(parts))
+
+        alone = Kept(mixed("kv_heads"), mixed("neurons"))
+        prune(tmp_path / "base", tmp_path / f"pruned-{cut}", alone)
+        few = CompensateConfig(rank=4)
+        compensate(
+            tmp_path / "base", tmp_path / f"pruned-{cut}", tmp_path / f"{cut}", rows(2, 64), few
+        )
+
+    def stand_in(model, layer):
+        name = f"model.layers.{layer}.self_attn.stand_in"
+        stored = Checkpoint(tmp_path / model)
+        return stored.read(f"{name}.P") @ stored.read(f"{name}.Q")
+
+    assert torch.allclose(stand_in("offsets", 1), stand_in("1", 1), atol=1e-5)
+    assert torch.allclose(stand_in("offsets", 2), stand_in("2", 2), atol=1e-5)
+    assert not torch.allclose(stand_in("small", 2), stand_in("2", 2), atol=1e-3)
+
+
 @pytest.mark.parametrize(("family", "method"), PRUNINGS)
 def test_kept_weights_stay_and_more_rank_is_nearer(family, method, tmp_path):
     found = make(tmp_path, family, method)
