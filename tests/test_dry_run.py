@@ -56,8 +56,9 @@ def test_memory_is_that_of_what_is_trained(printed):
         table = printed("small", *changes)["Estimated peak memory a worker"]
         return {stage: float(cell.removesuffix(" GB")) for stage, (cell,) in table.items()}
 
-    some = memory("compensate.rank=64", "distil.trained=stand_ins")
-    every = memory("compensate.rank=0", 'distil.trained=""')
+    aligned = ["align.steps=20", "offset.layers=0"]
+    some = memory("compensate.rank=64", "distil.trained=stand_ins", *aligned)
+    every = memory("compensate.rank=0", *aligned)
     assert "align" not in some and "distil" not in every
     assert some["distil"] < every["align"]
     assert every["sft"] < some["sft"] < some["sft_lora"]

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from tune.draw import seeds
 from tune.points import SEARCH, STAGES, Cost, Seen, spread
 
-COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00", "#cc79a7", "#d55e00")
+COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00", "#cc79a7", "#999999", "#d55e00")
 ORDER = [*dict.fromkeys(STAGES.values()), SEARCH]
 STACKED: dict[str, tuple[Callable[[Cost], float | None], str]] = {
     "tokens": (lambda cost: cost.tokens and cost.tokens / 1e3, "tokens (thousands)"),

@@ -27,8 +27,8 @@ def keep(name: str, **values: object) -> None:
         file.write(text + "\n")
 
 
-def there(name: str, **cell: object) -> bool:
-    """Whether results.jsonl has a line of this benchmark with all these values."""
+def kept(name: str, **cell: object) -> list[dict]:
+    """The lines of this benchmark in results.jsonl that have all these values."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     wanted = {"benchmark": name, **cell}.items()
-    return any(wanted <= json.loads(line).items() for line in lines)
+    return [found for found in map(json.loads, lines) if wanted <= found.items()]

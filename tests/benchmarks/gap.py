@@ -13,6 +13,7 @@ does nothing. `bound` is LoRA on the full model at the kept positions, `qlora` Q
 import argparse
 import json
 import os
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,7 +30,7 @@ from pipelines.locate import locate
 from pipelines.recipes import resolve
 from pipelines.step import order
 from pipelines.store import Store
-from tests.benchmarks import keep, there
+from tests.benchmarks import keep, kept
 from tune.trainings import seeded
 
 OFF, ALIGN = ["align.steps=0"], ["align.steps=20"]
@@ -77,10 +78,12 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=20)
     parser.add_argument("--nf4", action="store_true")
     options = parser.parse_args()
-    missing = [cell for cell in cells(options) if not there("gap", **cell)]
-    start_ray()
+    missing = [cell for cell in cells(options) if not kept("gap", **cell)]
+    if missing:
+        start_ray()
     with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
         list(side_by_side.map(run, missing))
+    print(table(nf4=options.nf4, sft_steps=options.sft_steps))
 
 
 def cells(options: argparse.Namespace) -> Iterator[dict]:
@@ -99,6 +102,34 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
                     "sft_steps": options.sft_steps,
                     "seed": seed,
                 }
+
+
+def table(**chosen: object) -> str:
+    """What results.jsonl has, as Markdown: share of gain in % / perplexity out of domain, means and
+    deviations over seeds; in brackets with the correction."""
+    found = kept("gap", **chosen)
+    models = list(dict.fromkeys((line["method"], line["ratio"]) for line in found))
+    models.sort(key=lambda model: (["stru", "rand", "semi", "unst"].index(model[0]), model[1]))
+
+    def cell(lines: list[dict]) -> str:
+        shares = [100 * line["share"] for line in lines]
+        outside = statistics.mean(line["out_of_domain_perplexity"] for line in lines)
+        spread = f" ± {statistics.stdev(shares):.0f}" if len(shares) > 1 else ""
+        return f"{statistics.mean(shares):.0f}{spread} / {outside:.2f}"
+
+    rows = [["way", *(f"{method} {ratio or ''}".strip().title() for method, ratio in models)]]
+    rows.append(["---"] * len(rows[0]))
+    for way in WAYS:
+        row = [way]
+        for model in models:
+            mine = [line for line in found if (line["method"], line["ratio"]) == model]
+            mine = [line for line in mine if line["way"] == way]
+            plain, corrected = ([x for x in mine if x["correct"] == c] for c in (False, True))
+            row.append(cell(plain) if plain else "")
+            row[-1] += f" ({cell(corrected)})" if corrected else ""
+        if any(row[1:]):
+            rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def run(cell: dict) -> None:

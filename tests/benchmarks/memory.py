@@ -25,7 +25,7 @@ from loram.pruned import meta_model
 from loram.shards import write_index, write_part
 from loram.sparse import sparsify
 from pipelines.shapes import SHAPES
-from tests.benchmarks import keep, there
+from tests.benchmarks import keep, kept
 
 WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "vocab_size": 4096}
 WIDTH |= {"num_attention_heads": 12, "num_key_value_heads": 12}
@@ -52,7 +52,7 @@ def measure(
 ) -> None:
     """Keep the cells that results.jsonl lacks."""
     cell = {"shape": shape, "scores_in": "bfloat16"}
-    missing = [method for method in methods if not there("memory", **cell, method=method)]
+    missing = [method for method in methods if not kept("memory", **cell, method=method)]
     if missing:
         write(config, root / "model")
     for method in missing:

@@ -28,7 +28,7 @@ from loram.prune import PruneConfig, choose, prune, ratio
 from loram.sparse import sparsify
 from loram.taylor import Scores, taylor_scores
 from pipelines.assets import MODEL, home
-from tests.benchmarks import keep, there
+from tests.benchmarks import keep, kept
 from tests.benchmarks.references import layerwise, llm_pruner_scores, sparsegpt, wanda
 
 BASE = home() / "assets" / MODEL
@@ -50,7 +50,7 @@ def main() -> None:
             for method, code, run in cells(options.references):
                 what = method.pattern if method.method == "semi" else f"{ratio(method)}"
                 cell = {"method": method.method, "removed": what, "code": code, "seed": seed}
-                if there("pruning", **cell):
+                if kept("pruning", **cell):
                     continue
                 rows = text(root, "c4.jsonl", seed)
                 began = time.perf_counter()
