@@ -53,7 +53,7 @@ def sft_bytes(
                 model.model.layers.set_submodule(name, _Dequantised(module))
     lora = 16 * lora_parameters(config, adapter)
     base = count.nf4_bytes if nf4 else count.bf16_bytes
-    base += 2 * offsets * rows * seq_len * config.hidden_size
+    base += offsets * rows * seq_len * (config.hidden_size + 4)
     adapted = attach(model, adapter)
     return base + lora + _activations(adapted, model, counts, rows, seq_len, checkpointing)
 

@@ -102,21 +102,21 @@ class Offsets(ByRow):
     """Offsets that `write_offsets` wrote, by row."""
 
     def fetch(self, rows: Tensor) -> Batch:
-        """offsets bf16 (b, layers, T, hidden).
+        """offset_values float8 (b, layers, T, hidden), offset_scale float32 (b, layers, T, 1).
 
         Raises:
             KeyError: a row that has none.
         """
-        return {"offsets": from_float8(self.read("offsets", rows)).bfloat16()}
+        return {f"offset_{name}": kept for name, kept in self.read("offsets", rows).items()}
 
 
 class OffsetLoss(CausalLoss):
-    """`CausalLoss` that takes `offsets` (b, layers, T, hidden) and adds them to the residual stream
-    after these layers, numbered from 1; without them it is `CausalLoss`."""
+    """`CausalLoss` that takes what `Offsets.fetch` gives and adds it to the residual stream after
+    these layers, numbered from 1; without it is `CausalLoss`."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, layers: list[int]) -> None:
         super().__init__(model)
-        self._offsets: Tensor | None = None
+        self._offsets: Batch = {}
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         for k, i in enumerate(layers):
             base.model.layers[i - 1].register_forward_hook(partial(self._add, k))
@@ -126,13 +126,16 @@ class OffsetLoss(CausalLoss):
         input_ids: Tensor,
         labels: Tensor,
         position_ids: Tensor,
-        offsets: Tensor | None = None,
+        **offsets: Tensor,
     ) -> Tensor:
         self._offsets = offsets  # until the next call: checkpointing runs layers in backward again
         return super().forward(input_ids, labels, position_ids)
 
     def _add(self, k: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output if self._offsets is None else output + self._offsets[:, k].to(output)
+        if not self._offsets:
+            return output
+        kept = {name: self._offsets[f"offset_{name}"][:, k] for name in ("values", "scale")}
+        return output + from_float8(kept).to(output)
 
 
 def _missing(
@@ -148,7 +151,7 @@ def _missing(
 
     def correct(i: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
         found.append(to_float8(there[i].to(output) - output))
-        return output + from_float8(found[-1]).bfloat16().to(output)  # as training adds it
+        return output + from_float8(found[-1]).to(output)  # as training adds it
 
     for i in chosen:
         small.model.layers[i - 1].register_forward_hook(partial(correct, i))

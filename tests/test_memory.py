@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from loram.adapter import AdapterConfig, attach
+from loram.by_row import to_float8
 from loram.compensate import CompensateConfig, compensate
 from loram.distil import DistilConfig, DistilLoss, train_
 from loram.loss import CausalLoss
@@ -104,7 +105,8 @@ def trained(
     if isinstance(what, AdapterConfig):
         module = OffsetLoss(attach(model, what), list(range(1, offsets + 1)))
         shape = rows, offsets, T, model.config.hidden_size
-        one |= {"offsets": torch.zeros(shape, dtype=torch.bfloat16)} if offsets else {}
+        added = {f"offset_{name}": x for name, x in to_float8(torch.zeros(shape)).items()}
+        one |= added if offsets else {}
     elif what:
         module = DistilLoss(train_(model, what), what)
         one |= {"target_ids": torch.zeros(rows, T, 8, dtype=torch.int64)}
@@ -116,7 +118,7 @@ def trained(
     optimizer = adamw(masters_(module), config)
     masks = {} if isinstance(what, AdapterConfig) else of_weights(model, source)
     before = held(module, optimizer) + sum(mask.nbytes for mask in masks.values())
-    before += one["offsets"].nbytes if offsets else 0
+    before += sum(tensor.nbytes for name, tensor in one.items() if "offset" in name)
     batches = [one] * 2
     return before + seen(
         lambda: list(train(module, batches, config, optimizer=optimizer, masks=masks))

@@ -5,6 +5,7 @@ import torch
 
 import loram.layers
 from loram.adapter import AdapterConfig, attach
+from loram.by_row import from_float8
 from loram.loss import CausalLoss
 from loram.model import load, save
 from loram.offsets import (
@@ -56,6 +57,11 @@ def state(module, batch) -> torch.Tensor:
     return seen[0]
 
 
+def values(offsets, rows) -> torch.Tensor:
+    found = offsets.fetch(rows)
+    return from_float8({name: found[f"offset_{name}"] for name in ("values", "scale")})
+
+
 def distance(a, b) -> float:
     return float((a - b).norm())
 
@@ -98,7 +104,7 @@ def test_rounding_does_not_add_up(tmp_path):
                   output_hidden_states=True).hidden_states  # fmt: skip
     for i in (1, 2, 3):  # the last state is after the norm
         off = (seen[i - 1] - hidden[i]).abs().amax(-1)
-        largest = offsets.fetch(batch["row"])["offsets"][:, i - 1].float().abs().amax(-1)
+        largest = values(offsets, batch["row"])[:, i - 1].abs().amax(-1)
         assert (off <= 0.08 * largest + 1e-5).all()
 
 
@@ -106,15 +112,15 @@ def test_where_nothing_was_cut_they_are_zero(tmp_path):
     base, small = small_and_large("qwen3", tmp_path, ratio=0.0)
     offsets, _ = written(tmp_path, base, small, 2)
     for batch in numbered():
-        assert not offsets.fetch(batch["row"])["offsets"].any()
+        assert not values(offsets, batch["row"]).any()
 
 
 def test_rows_are_found_by_number(tmp_path):
     base, small = small_and_large("llama", tmp_path)
     offsets, _ = written(tmp_path, base, small, 2)
-    both = offsets.fetch(torch.tensor([30, 100]))["offsets"]
-    assert both.shape == (2, 2, 48, 64) and both.dtype == torch.bfloat16
-    assert torch.equal(both[1], offsets.fetch(torch.tensor([100]))["offsets"][0])
+    both = values(offsets, torch.tensor([30, 100]))
+    assert both.shape == (2, 2, 48, 64)
+    assert torch.equal(both[1], values(offsets, torch.tensor([100]))[0])
     assert not torch.equal(both[0], both[1])
     with pytest.raises(KeyError):
         offsets.fetch(torch.tensor([31]))
@@ -180,5 +186,4 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     once, _ = written(tmp_path, base, small, 4)
     for row in (30, 100):
         one = torch.tensor([row])
-        again = Offsets(tmp_path / "out").fetch(one)["offsets"]
-        assert torch.equal(again, once.fetch(one)["offsets"])
+        assert torch.equal(values(Offsets(tmp_path / "out"), one), values(once, one))
