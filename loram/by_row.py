@@ -26,6 +26,9 @@ class ByRow:
     """The tensors that `Spool` wrote for batches, whose first dimension are rows, by row.
 
     layers: those that `write_info` was told.
+
+    Raises:
+        FileNotFoundError: nothing finished is there.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,7 +38,7 @@ class ByRow:
         self._size, self.layers = info["size"], info["layers"]
 
     def read(self, name: str, rows: Tensor) -> Batch:
-        """What is under a name of these rows; nothing else is read.
+        """What is under a name of these rows (b), each tensor (b, ...); nothing else is read.
 
         Raises:
             KeyError: a row that is not there.
@@ -50,9 +53,9 @@ class ByRow:
 
 
 def to_float8(x: Tensor) -> Batch:
-    """`values`, float8 (e4m3) like x, and `scale`, float32 (..., 1), of each position: some
-    channels of a residual stream are hundreds of times larger than others, which integers of one
-    byte would lose."""
+    """Of x (..., n): `values`, float8 (e4m3) (..., n), and `scale`, float32 (..., 1). Some channels
+    of a residual stream are hundreds of times larger than others, which integers of one byte would
+    lose."""
     scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / LARGEST
     return {"values": (x.float() / scale).to(torch.float8_e4m3fn), "scale": scale}
 

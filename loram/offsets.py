@@ -1,13 +1,14 @@
 """Offsets: in training, put the small model's residual stream where the large one's is.
 
 Let h_i be the residual stream of the large model after layer i, at some token of a training row,
-and g_i that of the small model without an adapter. What was removed shows in h_i - g_i, which does
-not change in training. It is found once for all tokens and added to the small model's stream after
-layer i. Before its first step the small model so answers as the large one does, and from there on
-its adapter has no cause to repair the small model: its gradients are those of the task. Recovery
-knows nothing of it: the large model is where it should be.
+and g_i that of the small model without an adapter, with the offsets before it. The offset h_i - g_i
+is what was removed since the offset before. It is found once for all tokens, kept in float8, and
+added to the small model's stream after layer i. Before its first step the small model so ends where
+the large one does (the final norm and the head are its own, which alignment may have changed), and
+its adapter has no cause to repair it. Recovery knows nothing of offsets: the large model is where
+it should be.
 
-Unlike a stand-in (`loram.compensate`) this is exact, and it is for these rows alone.
+A stand-in (`loram.compensate`) comes near for any row; offsets are of these rows alone.
 """
 
 import shutil
@@ -22,29 +23,38 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loram.by_row import ByRow, from_float8, to_float8, write_info
+from loram.by_row import INFO, ByRow, from_float8, to_float8, write_info
 from loram.layers import Layers, Spool, walk
 from loram.loss import Batch, CausalLoss
 from loram.model import load
-from loram.shards import link
+from loram.shards import finite, link
 
 
 @dataclass(frozen=True)
 class OffsetConfig:
-    """layers: after how many the stream is corrected, evenly, the last always one; 0 for none."""
+    """layers: after how many the stream is corrected, evenly, the last always one; 0 for none. A
+    model with fewer is corrected after each."""
 
     layers: int = 0
 
 
 def offset_layers(count: int, config: OffsetConfig) -> list[int]:
     """The layers, numbered from 1, of `count`, after which the stream is corrected."""
-    return sorted({round(count * (j + 1) / config.layers) for j in range(config.layers)})
+    parts = min(config.layers, count)
+    return [round(count * (j + 1) / parts) for j in range(parts)]
 
 
 def offset_bytes(config: PreTrainedConfig, offsets: OffsetConfig, positions: int) -> int:
     """What `write_offsets` will write for so many positions, but for the files' headers."""
-    kept = len(offset_layers(config.num_hidden_layers, offsets))
+    kept = min(offsets.layers, config.num_hidden_layers)
     return positions * kept * (config.hidden_size + 4)
+
+
+def working_bytes(config: PreTrainedConfig, offsets: OffsetConfig, positions: int) -> int:
+    """What its work directory holds beside that at most, in bfloat16: the large model's streams
+    where they are corrected, and in float32 what goes into a layer and what comes out."""
+    kept = min(offsets.layers, config.num_hidden_layers)
+    return positions * config.hidden_size * (2 * kept + 8 * (kept > 0))
 
 
 @torch.no_grad()
@@ -63,37 +73,41 @@ def write_offsets(
 
     A position takes, for each layer, 4 bytes and one a value (float8 with a scale a position); the
     next offset makes up for what that rounds off. Peak memory: one layer of the large model in
-    float32, then the small one as it is trained; the activations of one batch.
+    float32, then the small one as it is trained; the activations and twice the offsets of one
+    batch.
 
     Args:
         source: directory or hub id of the full model.
         small: directory of the model that is trained: pruned, aligned, quantised, packed.
         batches: dicts of int64 (batch, seq_len) and `row` (batch); all of one size but the last.
         work: where activations and finished offsets wait; after a crash a call with the same
-            directory goes on at the layer it had reached.
+            directory goes on at the layer of the large model that it had reached, or, when that
+            was through, at the small one.
         dtype: of the computation (autocast).
 
     Returns: bytes; tokens.
 
     Raises:
-        ValueError: NaN or Inf came out of a layer of the large model (named).
+        ValueError: NaN or Inf came out of a layer (named).
     """
-    layers, done = Layers(source, device=device), Spool(work / "done")
-    spool, large = Spool(work / "activations"), Spool(work / "large")
-    chosen = offset_layers(len(layers), config)
-    mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
-    with mixed:
-        for i in walk(layers, list(batches), spool):
-            if i in chosen:
-                hidden = (spool.read(f"input-{i}", n) for n in range(len(batches)))
-                large.write(f"{i}", (h.to(dtype) for h in hidden))
-    del layers
-    trained = load(small, dtype=dtype, device=device)
-    done.write_several("offsets", _missing(trained, batches, chosen, large, mixed))
-    write_info(work / "done", batches, chosen)
-    shutil.copytree(work / "done", out, dirs_exist_ok=True, copy_function=link)
-    spool.clear()
-    large.clear()
+    done = work / "done"
+    if not (done / INFO).exists():
+        layers = Layers(source, device=device)
+        spool, large = Spool(work / "activations"), Spool(work / "large")
+        chosen = offset_layers(len(layers), config)
+        mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+        with mixed:
+            for i in walk(layers, list(batches), spool):
+                if i in chosen:
+                    hidden = (spool.read(f"input-{i}", n) for n in range(len(batches)))
+                    large.write(f"{i}", (h.to(dtype) for h in hidden))
+        trained = load(small, dtype=dtype, device=device)
+        found = _missing(trained, batches, chosen, large, mixed)
+        Spool(done).write_several("offsets", found)
+        write_info(done, batches, chosen)
+        spool.clear()
+        large.clear()
+    shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 
@@ -128,8 +142,10 @@ class OffsetLoss(CausalLoss):
         position_ids: Tensor,
         **offsets: Tensor,
     ) -> Tensor:
-        self._offsets = offsets  # until the next call: checkpointing runs layers in backward again
-        return super().forward(input_ids, labels, position_ids)
+        self._offsets = offsets
+        loss = super().forward(input_ids, labels, position_ids)
+        self._offsets = {}
+        return loss
 
     def _add(self, k: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not self._offsets:
@@ -146,20 +162,20 @@ def _missing(
     mixed: torch.autocast,
 ) -> Iterator[Batch]:
     """Of each batch the offsets, as `to_float8` keeps them, (b, layers, T, ...)."""
-    there: dict[int, Tensor] = {}
     found: list[Batch] = []
 
-    def correct(i: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-        found.append(to_float8(there[i].to(output) - output))
+    def correct(i: int, number: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        finite(output, f"the output of layer {i - 1} of the small model")
+        found.append(to_float8(large.read(f"{i}", number).to(output) - output))
         return output + from_float8(found[-1]).to(output)  # as training adds it
 
-    for i in chosen:
-        small.model.layers[i - 1].register_forward_hook(partial(correct, i))
-    small.eval()
+    layers = small.eval().model.layers
     for number, batch in enumerate(batches):
+        hooks = [layers[i - 1].register_forward_hook(partial(correct, i, number)) for i in chosen]
         given = {name: batch[name].to(small.device) for name in ("input_ids", "position_ids")}
-        there.update({i: large.read(f"{i}", number) for i in chosen})
         found.clear()
         with mixed:
             small.model(**given, use_cache=False)
+        for hook in hooks:
+            hook.remove()
         yield {key: torch.stack([kept[key] for kept in found], 1) for key in found[0]}

@@ -13,7 +13,7 @@ from loram.distil import TRAINED, target_bytes
 from loram.errors import refuse
 from loram.formats import Message
 from loram.model import check_weights, read_config
-from loram.offsets import offset_bytes
+from loram.offsets import offset_bytes, working_bytes
 from loram.plan import planned_config, size
 from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
@@ -64,8 +64,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     _check_compensation(config, recipe.compensate)
     _check_distillation(config, recipe)
-    if not 0 <= recipe.offset.layers <= config.num_hidden_layers:
-        refuse("offset.layers", recipe.offset.layers, f"0 (none) to {config.num_hidden_layers}")
+    _at_least("offset.layers", recipe.offset.layers, 0)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
     if recipe.prune.method in STRUCTURED and (
         min(recipe.prune.keep_first, recipe.prune.keep_last) < 0
@@ -144,10 +143,17 @@ def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     return target_bytes(config, recipe.distil, positions)
 
 
-def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """What the offsets of the rows that SFT reads take on disk at most."""
+def offset_positions(recipe: Recipe) -> int:
+    """Of the rows that have offsets: those that SFT reads, at most, and is evaluated on."""
     rows = recipe.sft.steps * recipe.sft.global_batch + recipe.instruct.held_out
-    return offset_bytes(config, recipe.offset, rows * recipe.sft.seq_len)
+    return rows * recipe.sft.seq_len
+
+
+def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """What offsets take on disk at most while they are found."""
+    positions = offset_positions(recipe)
+    kept = offset_bytes(config, recipe.offset, positions)
+    return kept + working_bytes(config, recipe.offset, positions)
 
 
 def _check_training(

@@ -13,7 +13,13 @@ from loram.model import read_config
 from loram.prune import STRUCTURED
 from loram.pruned import compensated_config
 from loram.train import TrainConfig
-from pipelines.check import check, check_settings, distil_bytes, offsets_bytes
+from pipelines.check import (
+    check,
+    check_settings,
+    distil_bytes,
+    offset_positions,
+    offsets_bytes,
+)
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
@@ -91,7 +97,7 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
         table.add_row("the large model's targets, bytes on disk at most", f"{disk:,}", "")
     if recipe.offset.layers:
         disk = offsets_bytes(recipe, config)
-        table.add_row("offsets, bytes on disk at most", f"{disk:,}", "")
+        table.add_row("offsets, bytes on disk at most, while they are found", f"{disk:,}", "")
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
     table.add_row(
         "pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", ""
@@ -147,8 +153,7 @@ def _tokens(recipe: Recipe) -> Table:
         table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
     row("distil" if recipe.distil.trained else "align", recipe.align)
     if recipe.offset.layers:
-        tokens = recipe.sft.steps * recipe.sft.global_batch + recipe.instruct.held_out
-        table.add_row("offsets", "-", f"{tokens * recipe.sft.seq_len:,}")
+        table.add_row("offsets", "-", f"{offset_positions(recipe):,}")
     row("sft", recipe.sft)
     for name in recipe.compare:
         row(f"sft_{name}", recipe.sft)

@@ -114,7 +114,9 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         wanted = imitate.TargetsConfig(
             recipe.distil.top, recipe.distil.hidden_layers, total, recipe.align.seed
         )
-        targets = heavy("targets", imitate.targets, wanted, {"model": model, "corpus": corpus})
+        targets = heavy(
+            "targets", imitate.targets, wanted, {"model": model, "corpus": corpus}, version=2
+        )
         distilled = imitate.DistilledConfig(recipe.align, recipe.distil)
         aligned = {"pruned": small, "corpus": corpus, "targets": targets}
         small = light("distil", imitate.distil, distilled, aligned)

@@ -59,7 +59,7 @@ def refused(capsys, tmp_path):
         ("compensate.data=web", "corpus, task, both"),
         ("distil.trained=most", "all, stand_ins"),
         ("distil.trained=stand_ins", "compensate.rank 0"),
-        ("offset.layers=5", "0 (none) to 4"),
+        ("offset.layers=-1", "0 or more"),
     ],
 )
 def test_settings(refused, change, names):

@@ -62,4 +62,4 @@ def test_memory_is_that_of_what_is_trained(printed):
     assert "align" not in some and "distil" not in every
     assert some["distil"] < every["align"]
     assert every["sft"] < some["sft"] < some["sft_lora"]
-    assert memory("offset.layers=30")["sft"] > memory("offset.layers=3")["sft"] > some["sft"]
+    assert memory("offset.layers=30")["sft"] > some["sft"]

@@ -1,5 +1,6 @@
 """Training on a real Ray: what is streamed, what is recorded, what is written."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -19,6 +20,7 @@ from loram.errors import UserError
 from loram.evaluate import perplexity
 from loram.masks import of_weights
 from loram.model import load, save
+from loram.offsets import OffsetConfig, OffsetLoss, Offsets, write_offsets
 from loram.packing import Packed, batches, order
 from loram.train import TrainConfig
 from pipelines.fit import fit
@@ -120,6 +122,46 @@ def test_two_workers_take_the_rows_of_one(cluster, data, tmp_path):
     kept = Packed(data / "held_out")
     again = perplexity(model, batches(kept, np.arange(kept.rows), 2))
     assert again["loss"] == pytest.approx(first["held_out_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_offsets_reach_both_workers(cluster, data, tmp_path):
+    """Before it has learnt the small model has the losses that it has with them alone."""
+    large = load(data / "model")
+    large.model.layers.load_state_dict(tiny_model("llama", seed=1).model.layers.state_dict())
+    save(large, tmp_path / "large")
+    for part in ("train", "held_out"):
+        packed = Packed(data / part)
+        rows = list(batches(packed, range(packed.rows), 4))
+        made = tmp_path / "offsets" / part
+        given = tmp_path / "large", data / "model", made, rows, OffsetConfig(2)
+        write_offsets(*given, work=tmp_path / part, dtype=torch.bfloat16)
+    fit(
+        "sft",
+        model=data / "model",
+        train=data / "train",
+        held_out=data / "held_out",
+        config=dataclasses.replace(CONFIG, steps=2, lr=1e-9),
+        adapter=AdapterConfig(dropout=0.0),
+        place=Place(workers=2, cpus_per_worker=1, micro_batch=2),
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+        offsets=tmp_path / "offsets",
+    )
+    curve = lines(tmp_path / "work" / "metrics.jsonl")
+    for part, ids in (
+        ("train", order(Packed(data / "train").rows, 16, CONFIG.seed)[:8]),
+        ("held_out", range(Packed(data / "held_out").rows)),
+    ):
+        offsets = Offsets(tmp_path / "offsets" / part)
+        rows = list(batches(Packed(data / part), ids, 2))
+        corrected = [row | offsets.fetch(row["row"]) for row in rows]
+        small = load(data / "model")
+        alone = perplexity(small, rows)["loss"]
+        there = perplexity(OffsetLoss(small, offsets.layers), corrected)["loss"]
+        name = "loss" if part == "train" else "held_out_loss"
+        found = next(line[name] for line in curve if name in line)
+        assert abs(found - there) < 0.05 * abs(found - alone)
 
 
 @pytest.mark.slow

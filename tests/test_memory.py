@@ -142,6 +142,14 @@ def test_sft(kind, family, rows, checkpointing, models):
     assert guess == pytest.approx(found, rel=0.15)
 
 
+def test_sft_with_offsets_holds_those_of_a_micro_batch():
+    config = SHAPES["llama2-13b"]
+    asked = config, AdapterConfig(), True, 2, T, True
+    values = to_float8(torch.zeros(2, 10, T, config.hidden_size)).values()
+    held = sum(tensor.nbytes for tensor in values)
+    assert sft_bytes(*asked, 10) - sft_bytes(*asked) == held
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("family", MODELS)

@@ -70,7 +70,7 @@ def test_layers_are_spread_evenly_and_the_last_is_among_them():
     assert offset_layers(30, OffsetConfig(0)) == []
     assert offset_layers(30, OffsetConfig(1)) == [30]
     assert offset_layers(30, OffsetConfig(3)) == [10, 20, 30]
-    assert offset_layers(4, OffsetConfig(4)) == [1, 2, 3, 4]
+    assert offset_layers(4, OffsetConfig(4)) == offset_layers(4, OffsetConfig(9)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("layers", [1, 4])
@@ -152,6 +152,7 @@ def test_what_trains_is_the_adapter_alone_and_checkpointing_changes_nothing(tmp_
     factors = []
     for checkpointing in (False, True):
         model = load(small, dtype=torch.float32)
+        before = {name: weight.clone() for name, weight in model.named_parameters()}
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         adapted = attach(model, ADAPTER)
@@ -160,8 +161,9 @@ def test_what_trains_is_the_adapter_alone_and_checkpointing_changes_nothing(tmp_
         config = TrainConfig(4, 1e-2, 8, warmup_steps=1)
         logs = list(train(module, given, config, dtype=torch.float32))
         assert logs[-1].loss < logs[0].loss
-        factors.append({n: w.detach() for n, w in model.named_parameters() if w.requires_grad})
-    assert all("lora_" in name for name in factors[0])
+        after = {n.replace(".base_layer", ""): w.detach() for n, w in model.named_parameters()}
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        factors.append({name: w for name, w in after.items() if "lora_" in name})
     for name, factor in factors[0].items():
         assert torch.allclose(factor, factors[1][name], atol=1e-6)
 
@@ -182,6 +184,10 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_offsets(*arguments, work=tmp_path / "work")
     write_offsets(*arguments, work=tmp_path / "work")
+    assert asked == [0, 1, 2, 2, 3]
+    # What is finished is not made again.
+    (tmp_path / "again").mkdir()
+    write_offsets(base, small, tmp_path / "again", *arguments[3:], work=tmp_path / "work")
     assert asked == [0, 1, 2, 2, 3]
     once, _ = written(tmp_path, base, small, 4)
     for row in (30, 100):

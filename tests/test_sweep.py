@@ -18,7 +18,11 @@ def test_no_finished_step_runs_again_and_what_is_shared_runs_once(swept):
     after = records(root)
     assert before.items() <= after.items()
     kinds = Counter(slug.rpartition("-")[0] for slug in after)
-    assert kinds["prune"] == 2 and kinds["score"] == 1 and kinds["evaluate_base"] == 1
+    assert (
+        kinds["prune"] == kinds["offsets"] == 2
+        and kinds["score"] == 1
+        and kinds["evaluate_base"] == 1
+    )
     assert kinds["evaluate_large"] == 4
 
 

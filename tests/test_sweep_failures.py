@@ -82,10 +82,10 @@ class Cluster:
         """What is not back, and who has it; the open runs; empty if there is nothing."""
         found = subprocess.run([sys.executable, "-c", HELD], env=self.env, capture_output=True)
         open_runs = [r.info.run_name for r in self.runs() if r.info.status == "RUNNING"]
-        error = found.stderr.decode()[-2000:] if found.returncode else ""
-        return (
-            found.stdout.decode() + error + "".join(f"run {name} is open\n" for name in open_runs)
-        )
+        text = found.stdout.decode() + "".join(f"run {name} is open\n" for name in open_runs)
+        if found.returncode:
+            text += f"exit status {found.returncode}\n{found.stderr.decode()[-2000:]}"
+        return text
 
 
 # Prints nothing if all resources of the cluster are available.
@@ -93,9 +93,9 @@ HELD = """
 import ray
 from ray.util.state import list_actors, list_jobs, list_placement_groups, list_tasks
 ray.init(log_to_driver=False, logging_level="ERROR")
-free, all = ray.available_resources(), ray.cluster_resources()
-if free != all:
-    print("free", free, "of", all)
+free, every = ray.available_resources(), ray.cluster_resources()
+if free != every:
+    print("free", free, "of", every)
     for group in list_placement_groups(detail=True):
         if group.state != "REMOVED":
             print("group", group)

@@ -56,7 +56,7 @@ def trial(
         if step > last:
             return
         sft = sft_of(build(stopped(recipe, step), model, sources))
-        launch = partial(_training, sft.key, before)
+        launch = partial(_training, sft, before)
         try:
             execute([sft], shelf, launch, recipe.place, lambda event: None)
             loss = shelf.record(sft.slug)["metrics"]["held_out_loss"]
@@ -66,8 +66,9 @@ def trial(
         before = shelf.entry(sft.slug)
 
 
-def _training(key: str, before: Path | None, step: Step, *rest: Any) -> "Future[Metrics]":
-    """Start the training, from the rung before: what it needs was made before the search."""
-    if step.key != key:
+def _training(sft: Step, before: Path | None, step: Step, *rest: Any) -> "Future[Metrics]":
+    """Start the training, from the rung before, or the offsets of its rows, which a searched field
+    may choose: what else it needs was made before the search."""
+    if step.key not in (sft.key, getattr(sft.inputs.get("offsets"), "key", "")):
         refuse("store", f"one from which {step.slug} has gone", "one that stays during a sweep")
-    return going_on({key: before} if before else {}, step, *rest)
+    return going_on({sft.key: before} if before else {}, step, *rest)

@@ -112,7 +112,9 @@ def table(**chosen: object) -> str:
     models.sort(key=lambda model: (["stru", "rand", "semi", "unst"].index(model[0]), model[1]))
 
     def cell(lines: list[dict]) -> str:
-        shares = [100 * line["share"] for line in lines]
+        shares = [100 * line["share"] for line in lines if line["share"] is not None]
+        if not shares:  # full LoRA gained next to nothing
+            return "-"
         outside = statistics.mean(line["out_of_domain_perplexity"] for line in lines)
         spread = f" ± {statistics.stdev(shares):.0f}" if len(shares) > 1 else ""
         return f"{statistics.mean(shares):.0f}{spread} / {outside:.2f}"
