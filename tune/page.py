@@ -20,8 +20,8 @@ from tune.space import Range, Value
 COLUMNS = ("steps", "held-out, small", "loss, large", "ppl out, large", "remark")
 NOTE = (
     "held-out: loss of the small model, with its offsets if it has any, on held-out rows of the "
-    "training source, by which trials were stopped. large: the recovered adapter on the original model, in domain (nats a trained "
-    "token) and out of domain. One seed a trial."
+    "training source, by which trials were stopped. large: the recovered adapter on the original "
+    "model, in domain (nats a trained token) and out of domain. One seed a trial."
 )
 
 
