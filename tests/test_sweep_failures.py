@@ -189,7 +189,7 @@ def test_mlflow_has_them_all_with_their_tags(failed, cluster):
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_after_a_killed_driver_the_cluster_is_free(failed, cluster, sign, status):
     with cluster.start(f"sft.lr={2 + sign}e-4,{3 + sign}e-4") as sweep:
-        until(cluster.trains)
+        until(lambda: cluster.trains(sweep))
         sweep.send_signal(sign)
         assert sweep.wait(60) == status, cluster.log()
     assert "Traceback" not in cluster.log()
@@ -199,7 +199,7 @@ def test_after_a_killed_driver_the_cluster_is_free(failed, cluster, sign, status
 def test_a_store_that_disappears_ends_the_sweep_in_one_line(failed, cluster):
     store, away = cluster.root / "store", cluster.root / "away"
     with cluster.start("sft.lr=5e-4,6e-4") as sweep:
-        until(cluster.trains)
+        until(lambda: cluster.trains(sweep))
         store.rename(away)
         assert sweep.wait(200) == 2, cluster.log()
     assert cluster.log().strip().splitlines()[-1].startswith("error: store: ")
