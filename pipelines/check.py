@@ -9,16 +9,16 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from loram.compensate import DATA, CompensateConfig
 from loram.data import encode_chat, load_tokenizer
-from loram.distil import TRAINED, target_bytes
+from loram.distil import TRAINED
 from loram.errors import refuse
 from loram.formats import Message
 from loram.model import check_weights, read_config
-from loram.offsets import offset_bytes, working_bytes
 from loram.plan import planned_config, size
 from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
 from pipelines import tracking
 from pipelines.assets import home
+from pipelines.disk import distil_bytes, offsets_bytes
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.sources import peek
 
@@ -133,27 +133,6 @@ def _check_distillation(config: PreTrainedConfig, recipe: Recipe) -> None:
         refuse("distil.hidden_layers", distil.hidden_layers, f"0 to {config.num_hidden_layers - 1}")
     if not 0 <= distil.hidden_weight < float("inf"):
         refuse("distil.hidden_weight", distil.hidden_weight, "a number from 0")
-
-
-def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """What the large model's targets take on disk at most."""
-    if not recipe.distil.trained:
-        return 0
-    positions = recipe.align.steps * recipe.align.global_batch * recipe.align.seq_len
-    return target_bytes(config, recipe.distil, positions)
-
-
-def offset_positions(recipe: Recipe) -> int:
-    """Of the rows that have offsets: those that SFT reads, at most, and is evaluated on."""
-    rows = recipe.sft.steps * recipe.sft.global_batch + recipe.instruct.held_out
-    return rows * recipe.sft.seq_len
-
-
-def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """What offsets take on disk at most while they are found."""
-    positions = offset_positions(recipe)
-    kept = offset_bytes(config, recipe.offset, positions)
-    return kept + working_bytes(config, recipe.offset, positions)
 
 
 def _check_training(

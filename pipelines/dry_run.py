@@ -13,13 +13,8 @@ from loram.model import read_config
 from loram.prune import STRUCTURED
 from loram.pruned import compensated_config
 from loram.train import TrainConfig
-from pipelines.check import (
-    check,
-    check_settings,
-    distil_bytes,
-    offset_positions,
-    offsets_bytes,
-)
+from pipelines.check import check, check_settings
+from pipelines.disk import distil_bytes, offset_positions, offsets_bytes
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe

@@ -137,7 +137,7 @@ def offsets(
     place: Place,
 ) -> Metrics:
     """By how much the small model's residual stream is off on the rows that SFT will read."""
-    size = tokens = 0
+    written = tokens = 0
     for part in ("train", "held_out"):
         packed = Packed(instruct / part)
         ids = np.arange(packed.rows)
@@ -146,9 +146,9 @@ def offsets(
         rows = list(batches(packed, ids, place.micro_batch))
         options = {"work": work / part, "device": place.device, "dtype": torch.bfloat16}
         found = write_offsets(model, small, out / part, rows, config.offset, **options)
-        size += int(found["bytes"])
+        written += int(found["bytes"])
         tokens += round(found["tokens"] * (1 - packed.info["padding"]))
-    return {"bytes": size, "tokens": tokens, "peak_memory_bytes": place.peak_memory()}
+    return {"bytes": written, "tokens": tokens, "peak_memory_bytes": place.peak_memory()}
 
 
 def calibration(corpus: Path, count: int, place: Place) -> tuple[Iterator[Batch], int]:

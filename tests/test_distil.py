@@ -121,8 +121,8 @@ def test_training_comes_nearer_and_changes_what_was_asked(trained, tmp_path):
         assert len(changed) == 8 + 2 * 4 + 1
 
 
-def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
-    save(tiny_model("llama"), tmp_path / "base")
+def stumbling(monkeypatch) -> list[int]:
+    """The disk is full when layer 2 is reached for the first time; which layers were asked for."""
     asked, original = [], loram.layers.forward
 
     def forward(layers, i, *rest):
@@ -132,6 +132,12 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
         return original(layers, i, *rest)
 
     monkeypatch.setattr(loram.layers, "forward", forward)
+    return asked
+
+
+def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
+    save(tiny_model("llama"), tmp_path / "base")
+    asked = stumbling(monkeypatch)
     (tmp_path / "out").mkdir()
     arguments = tmp_path / "base", tmp_path / "out", numbered(), CONFIG
     bf16 = {"dtype": torch.bfloat16}  # as the pipeline calls it

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import loram.layers
 from loram.adapter import AdapterConfig, attach
 from loram.by_row import from_float8
 from loram.loss import CausalLoss
@@ -21,7 +20,7 @@ from loram.sparse import pack, sparsify
 from loram.taylor import random_scores
 from loram.train import TrainConfig, train
 from tests.conftest import FAMILIES, tiny_model
-from tests.test_distil import numbered
+from tests.test_distil import numbered, stumbling
 from tests.test_sparse import rows
 
 ADAPTER = AdapterConfig(r=4, dropout=0.0)
@@ -170,15 +169,7 @@ def test_what_trains_is_the_adapter_alone_and_checkpointing_changes_nothing(tmp_
 
 def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     base, small = small_and_large("llama", tmp_path)
-    asked, forward = [], loram.layers.forward
-
-    def stumbling(layers, i, *rest):
-        asked.append(i)
-        if asked == [0, 1, 2]:
-            raise OSError(28, "No space left on device")
-        return forward(layers, i, *rest)
-
-    monkeypatch.setattr(loram.layers, "forward", stumbling)
+    asked = stumbling(monkeypatch)
     (tmp_path / "out").mkdir()
     arguments = base, small, tmp_path / "out", numbered(), OffsetConfig(4)
     with pytest.raises(OSError, match="No space"):
