@@ -17,7 +17,7 @@ from loram.correct import Changes, corrected
 from loram.errors import refuse
 from loram.kept import Kept
 from loram.masked import PEFT_TYPE, MaskedLora, save_masks, set_masks_
-from loram.masks import copy_masks
+from loram.masks import copy_masks, layer_masks, unpacked
 from loram.model import load, local, read_config, save
 from loram.prune import copy_companions
 
@@ -161,6 +161,23 @@ def recover(
     config |= {"base_model_name_or_path": str(base), "inference_mode": True}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     copy_masks(adapter, out)
+
+
+def layer_updates(adapter: Path, layer: int) -> dict[str, Tensor]:
+    """What an adapter adds to the weights of a decoder layer, s B A and no more than its mask lets
+    through: float32 (out, in) by the linear's full name."""
+    config, masks = json.loads((adapter / CONFIG).read_text()), layer_masks(adapter, layer)
+    found = {}
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        for name in sorted(file.keys()):
+            module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+            if factor != "lora_A" or not module.startswith(f"model.layers.{layer}."):
+                continue
+            a, b = (file.get_tensor(name.replace("lora_A", f"lora_{x}")).float() for x in "AB")
+            found[module] = scaling(config, len(a)) * (b @ a)
+            if module in masks:
+                found[module] *= unpacked(masks[module], a.shape[1])
+    return found
 
 
 def scaling(config: dict, r: int) -> float:

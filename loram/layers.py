@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,20 @@ class Layers:
 
     Args:
         source: directory or hub id of a full or pruned model, not quantised.
+        updates: of a layer, what is added to the weights of its linears, by their full names.
     """
 
-    def __init__(self, source: str | Path, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        device: str = "cpu",
+        updates: Callable[[int], Mapping[str, Tensor]] | None = None,
+    ) -> None:
         self.config = read_config(source)
         self.checkpoint = Checkpoint(source)
         self.device = torch.device(device)
+        self._updates = updates
         model = meta_model(self.config)
         self._layers, self._embed, self._norm = (
             model.model.layers,
@@ -53,7 +61,11 @@ class Layers:
         Raises:
             ValueError: NaN or Inf in a weight (named).
         """
-        return self._filled(self._layers[i], f"model.layers.{i}").eval()
+        name = f"model.layers.{i}"
+        layer = self._filled(self._layers[i], name).eval()
+        for linear, update in (self._updates(i) if self._updates else {}).items():
+            layer.get_submodule(linear.removeprefix(f"{name}.")).weight += update.to(self.device)
+        return layer
 
     def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """The inputs of layer 0, (batch, seq_len, hidden), for each batch."""

@@ -1,12 +1,16 @@
 """Offsets: in training, put the small model's residual stream where the large one's is.
 
 Let h_i be the residual stream of the large model after layer i, at some token of a training row,
-and g_i that of the small model without an adapter, with the offsets before it. The offset h_i - g_i
-is what was removed since the offset before. It is found once for all tokens, kept in float8, and
-added to the small model's stream after layer i. Before its first step the small model so ends where
-the large one does (the final norm and the head are its own, which alignment may have changed), and
-its adapter has no cause to repair it. Recovery knows nothing of offsets: the large model is where
-it should be.
+and g_i that of the small model, with the offsets before it. The offset h_i - g_i is what was
+removed since the offset before. It is found once for all tokens, kept in float8, and added to the
+small model's stream after layer i. Before its first step the small model so ends where the large
+one does (the final norm and the head are its own, which alignment may have changed), and its
+adapter has no cause to repair it. Recovery knows nothing of offsets: the large model is where it
+should be.
+
+An adapter moves both models, and not alike. Training can stop part of the way, for the offsets of
+the rows that are left to be found with the adapter as it is, on the small model and, recovered, on
+the large one.
 
 A stand-in (`loram.compensate`) comes near for any row; offsets are of these rows alone.
 """
@@ -23,6 +27,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from loram.adapter import layer_updates, open_adapted
 from loram.by_row import INFO, ByRow, from_float8, to_float8, write_info
 from loram.layers import Layers, Spool, walk
 from loram.loss import Batch, CausalLoss
@@ -33,27 +38,30 @@ from loram.shards import finite, link
 @dataclass(frozen=True)
 class OffsetConfig:
     """layers: after how many the stream is corrected, evenly, the last always one; 0 for none. A
-    model with fewer is corrected after each."""
+    model with fewer is corrected after each.
+
+    parts: in how many of equal length SFT is done; before each the offsets of its rows are found.
+    """
 
     layers: int = 0
+    parts: int = 1
 
 
-def offset_layers(count: int, config: OffsetConfig) -> list[int]:
-    """The layers, numbered from 1, of `count`, after which the stream is corrected."""
-    parts = min(config.layers, count)
+def evenly(count: int, parts: int) -> list[int]:
+    """Where each of so many parts of `count` ends; of `count` parts if there are more."""
+    parts = min(parts, count)
     return [round(count * (j + 1) / parts) for j in range(parts)]
 
 
-def offset_bytes(config: PreTrainedConfig, offsets: OffsetConfig, positions: int) -> int:
+def offset_bytes(config: PreTrainedConfig, layers: int, positions: int) -> int:
     """What `write_offsets` will write for so many positions, but for the files' headers."""
-    kept = min(offsets.layers, config.num_hidden_layers)
-    return positions * kept * (config.hidden_size + 4)
+    return positions * min(layers, config.num_hidden_layers) * (config.hidden_size + 4)
 
 
-def working_bytes(config: PreTrainedConfig, offsets: OffsetConfig, positions: int) -> int:
+def working_bytes(config: PreTrainedConfig, layers: int, positions: int) -> int:
     """What its work directory holds beside that at most, in bfloat16: the large model's streams
     where they are corrected, and in float32 what goes into a layer and what comes out."""
-    kept = min(offsets.layers, config.num_hidden_layers)
+    kept = min(layers, config.num_hidden_layers)
     return positions * config.hidden_size * (2 * kept + 8 * (kept > 0))
 
 
@@ -63,9 +71,10 @@ def write_offsets(
     small: Path,
     out: Path,
     batches: Sequence[Batch],
-    config: OffsetConfig,
+    layers: int,
     *,
     work: Path,
+    adapters: tuple[Path, Path] | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
@@ -80,6 +89,8 @@ def write_offsets(
         source: directory or hub id of the full model.
         small: directory of the model that is trained: pruned, aligned, quantised, packed.
         batches: dicts of int64 (batch, seq_len) and `row` (batch); all of one size but the last.
+        layers: after how many, as in `OffsetConfig`.
+        adapters: of the small model as it was trained so far, and the same recovered.
         work: where activations and finished offsets wait; after a crash a call with the same
             directory goes on at the layer of the large model that it had reached, or, when that
             was through, at the small one.
@@ -92,16 +103,22 @@ def write_offsets(
     """
     done = work / "done"
     if not (done / INFO).exists():
-        layers = Layers(source, device=device)
+        updates = partial(layer_updates, adapters[1]) if adapters else None
+        full = Layers(source, device=device, updates=updates)
         spool, large = Spool(work / "activations"), Spool(work / "large")
-        chosen = offset_layers(len(layers), config)
+        chosen = evenly(len(full), layers)
         mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
         with mixed:
-            for i in walk(layers, list(batches), spool):
+            for i in walk(full, list(batches), spool):
                 if i in chosen:
                     hidden = (spool.read(f"input-{i}", n) for n in range(len(batches)))
                     large.write(f"{i}", (h.to(dtype) for h in hidden))
-        trained = load(small, dtype=dtype, device=device)
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        trained: PreTrainedModel | PeftModel
+        if adapters:
+            trained = open_adapted(small, adapters[0], **options)
+        else:
+            trained = load(small, **options)
         found = _missing(trained, batches, chosen, large, mixed)
         Spool(done).write_several("offsets", found)
         write_info(done, batches, chosen)
@@ -131,9 +148,8 @@ class OffsetLoss(CausalLoss):
     def __init__(self, model: PreTrainedModel | PeftModel, layers: list[int]) -> None:
         super().__init__(model)
         self._offsets: Batch = {}
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
         for k, i in enumerate(layers):
-            base.model.layers[i - 1].register_forward_hook(partial(self._add, k))
+            _base(model).model.layers[i - 1].register_forward_hook(partial(self._add, k))
 
     def forward(
         self,
@@ -154,8 +170,12 @@ class OffsetLoss(CausalLoss):
         return output + from_float8(kept).to(output)
 
 
+def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def _missing(
-    small: PreTrainedModel,
+    small: PreTrainedModel | PeftModel,
     batches: Sequence[Batch],
     chosen: list[int],
     large: Spool,
@@ -169,13 +189,14 @@ def _missing(
         found.append(to_float8(large.read(f"{i}", number).to(output) - output))
         return output + from_float8(found[-1]).to(output)  # as training adds it
 
-    layers = small.eval().model.layers
+    decoder = _base(small.eval()).model
+    points = [(i, decoder.layers[i - 1]) for i in chosen]
     for number, batch in enumerate(batches):
-        hooks = [layers[i - 1].register_forward_hook(partial(correct, i, number)) for i in chosen]
+        hooks = [at.register_forward_hook(partial(correct, i, number)) for i, at in points]
         given = {name: batch[name].to(small.device) for name in ("input_ids", "position_ids")}
         found.clear()
         with mixed:
-            small.model(**given, use_cache=False)
+            decoder(**given, use_cache=False)
         for hook in hooks:
             hook.remove()
         yield {key: torch.stack([kept[key] for kept in found], 1) for key in found[0]}

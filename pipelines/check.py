@@ -65,6 +65,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _check_compensation(config, recipe.compensate)
     _check_distillation(config, recipe)
     _at_least("offset.layers", recipe.offset.layers, 0)
+    _at_least("offset.parts", recipe.offset.parts, 1)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
     if recipe.prune.method in STRUCTURED and (
         min(recipe.prune.keep_first, recipe.prune.keep_last) < 0

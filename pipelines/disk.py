@@ -16,13 +16,14 @@ def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
 
 
 def offset_positions(recipe: Recipe) -> int:
-    """Of the rows that have offsets: those that SFT reads, at most, and is evaluated on."""
-    rows = recipe.sft.steps * recipe.sft.global_batch + recipe.instruct.held_out
-    return rows * recipe.sft.seq_len
+    """Of the rows that have offsets: those that SFT reads, at most, and in each part of it those
+    that it is evaluated on."""
+    rows = recipe.sft.steps * recipe.sft.global_batch
+    return (rows + recipe.offset.parts * recipe.instruct.held_out) * recipe.sft.seq_len
 
 
 def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """What offsets take on disk at most while they are found."""
-    positions = offset_positions(recipe)
-    kept = offset_bytes(config, recipe.offset, positions)
-    return kept + working_bytes(config, recipe.offset, positions)
+    """What offsets take on disk at most while the last of them are found."""
+    layers, positions = recipe.offset.layers, offset_positions(recipe)
+    working = working_bytes(config, layers, -(-positions // recipe.offset.parts))
+    return offset_bytes(config, layers, positions) + working

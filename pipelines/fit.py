@@ -53,6 +53,7 @@ def fit(
     targets: Path | None = None,
     kept: Path | None = None,
     offsets: Path | None = None,
+    earlier: Path | None = None,
 ) -> Metrics:
     """Train on a Ray cluster and write the best model by held-out loss.
 
@@ -66,6 +67,7 @@ def fit(
         kept: of a pruned model, to train `adapter` on the full one at its positions alone.
         offsets: directory with those of `train` and `held_out`, for a small model in `sft`; losses
             are then near those of the large model.
+        earlier: what a training of the same that was to stop left; this one goes on from there.
         work: keeps checkpoints, `metrics.jsonl` (a line a step: loss, lr, grad_norm, tokens,
             tokens_per_second, peak_memory ...; a line an evaluation: held_out_loss) and
             `rows-<rank>.jsonl`, the rows each worker saw at each step.
@@ -99,6 +101,8 @@ def fit(
         work,
         called,
     )
+    if earlier:
+        begin_from(earlier, work)
     _drop_torn_snapshot(work / RUN)
     resources = {"CPU": place.cpus_per_worker, "GPU": place.gpus_per_worker}
     trainer = ray.train.torch.TorchTrainer(
@@ -141,6 +145,23 @@ def fit(
         "final_held_out_loss": result.metrics["held_out_loss"],
         "startup_seconds": result.return_value["startup_seconds"],
     }
+
+
+def begin_from(earlier: Path, work: Path) -> None:
+    """Make the work directory of a training that was to stop that of the one that goes on, unless
+    this one has begun."""
+    if (work / RUN).exists():
+        return
+    copy = work.with_name(f"{work.name}.earlier")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(earlier / STATE, copy)
+    shutil.rmtree(work, ignore_errors=True)
+    copy.rename(work)
+
+
+def latest_adapter(stopped: Path) -> Path:
+    """The adapter as it was when a training stopped; what it wrote is its best."""
+    return max((stopped / STATE / RUN).glob("step-*/adapter"))
 
 
 def _export(job: Job, checkpoint: Path, out: Path) -> None:

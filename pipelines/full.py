@@ -107,19 +107,20 @@ def run(recipe: Recipe, store: Store) -> int:
 def _write_report(
     out: Path, graph: Graph, targets: list[Step], store: Store, recipe: Recipe, rows: list
 ) -> None:
-    records = {step.name: store.record(step.slug) for step in order(targets)}
+    records = [store.record(step.slug) for step in order(targets)]
     curves = {}
     for step in order(targets):
         path = store.entry(step.slug) / CURVE
         if path.exists():
+            # Of a training in parts the last has it whole.
             curves[step.name] = [json.loads(line) for line in path.read_text().splitlines()]
     report.write(
         out,
         rows,
         curves,
-        [(name, record["key"][:12], record["seconds"]) for name, record in records.items()],
+        [(record["name"], record["key"][:12], record["seconds"]) for record in records],
         flat(recipe),
-        next(iter(records.values()))["libraries"],
+        records[0]["libraries"],
     )
 
 

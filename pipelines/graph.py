@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
+from loram.offsets import evenly
 from loram.prune import STRUCTURED
 from pipelines import imitate, steps
 from pipelines.corpus import build_corpus, build_instruct
@@ -107,7 +109,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         names = data if recipe.compensate.data == "both" else (recipe.compensate.data,)
         fitted: dict[str, Step | Source] = {data[name].name: data[name] for name in names}
         fitted |= {"model": model, "pruned": pruned}
-        config = imitate.StandInsConfig(recipe.compensate, recipe.offset)
+        config = imitate.StandInsConfig(recipe.compensate, recipe.offset.layers)
         small = heavy("compensate", imitate.compensate, config, fitted)
     if recipe.align.steps and recipe.distil.trained:
         total = recipe.align.steps * recipe.align.global_batch
@@ -135,11 +137,32 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         given: dict[str, Step | Source] = {"model": frozen, "instruct": instruct}
         given |= {"kept": kept} if kept else {}
         if recipe.offset.layers and frozen is small:
-            total = recipe.sft.steps * recipe.sft.global_batch
-            wanted = imitate.OffsetsConfig(recipe.offset, total, recipe.sft.seed)
-            read: dict[str, Step | Source] = {"model": model, "small": small, "instruct": instruct}
-            given["offsets"] = heavy("offsets", imitate.offsets, wanted, read)
+            return in_parts(name, config, given)
         return light(name, steps.sft, config, given)
+
+    def in_parts(name: str, config: steps.SftConfig, given: dict[str, Step | Source]) -> Step:
+        """SFT with offsets: one training after another, each with those of its rows."""
+        train, batch = config.train, config.train.global_batch
+        found: list[Step] = []
+        for first, end in pairwise([0, *evenly(train.steps, recipe.offset.parts)]):
+            if first >= train.last:
+                break
+            earlier: dict[str, Step | Source] = {"earlier": found[-1]} if found else {}
+            read: dict[str, Step | Source] = {"model": model, "small": small, "pruned": pruned}
+            read |= {"instruct": instruct} | earlier
+            wanted = imitate.OffsetsConfig(
+                recipe.offset.layers,
+                train.steps * batch,
+                train.seed,
+                first * batch,
+                end * batch,
+                recipe.correct and bool(found),
+            )
+            offsets = heavy("offsets", imitate.offsets, wanted, read)
+            stop = train.stop if end == train.steps else min(end, train.last)
+            part = replace(config, train=replace(train, stop=stop))
+            found.append(light(name, steps.sft, part, given | earlier | {"offsets": offsets}))
+        return found[-1]
 
     def evaluate(name: str, frozen: Step | Source, adapter: Step | None = None) -> Step:
         given = {"model": frozen, "in_domain": in_domain, "out_of_domain": out_of_domain}

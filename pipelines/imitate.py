@@ -5,31 +5,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import loram.compensate
+from loram.adapter import recover
 from loram.compensate import CompensateConfig
 from loram.distil import DistilConfig, write_targets
 from loram.errors import refuse
 from loram.loss import Batch
 from loram.model import read_config
-from loram.offsets import OffsetConfig, offset_layers, write_offsets
+from loram.offsets import evenly, write_offsets
 from loram.packing import Packed, batches, order
 from loram.plan import size
 from loram.train import TrainConfig
-from pipelines.fit import fit
+from pipelines.fit import fit, latest_adapter
 from pipelines.place import Place
 from pipelines.step import Metrics
 
 
 @dataclass(frozen=True)
 class StandInsConfig:
-    """As in the recipe: offsets decide what stand-ins have to make up for."""
+    """As in the recipe: offset layers decide what stand-ins have to make up for."""
 
     compensate: CompensateConfig
-    offset: OffsetConfig
+    offset_layers: int
 
 
 def compensate(
@@ -53,7 +55,7 @@ def compensate(
         for rows, count in zip(packed, counts, strict=True)
     ]
     options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
-    layers = offset_layers(read_config(pruned).num_hidden_layers, config.offset)
+    layers = evenly(read_config(pruned).num_hidden_layers, config.offset_layers)
     fitted = chain(*rows), config.compensate
     found = loram.compensate.compensate(model, pruned, out, *fitted, offsets=layers, **options)
     stand_ins = size(read_config(out)).stand_ins
@@ -119,11 +121,15 @@ def distil(
 
 @dataclass(frozen=True)
 class OffsetsConfig:
-    """offset: as in the recipe. rows, seed: as in `TargetsConfig`, of SFT."""
+    """layers: as in `OffsetConfig`. rows, seed: as in `TargetsConfig`, of SFT; of these rows in
+    their order from `first` to before `end`. correct: as in the recipe."""
 
-    offset: OffsetConfig
+    layers: int
     rows: int
     seed: int
+    first: int
+    end: int
+    correct: bool
 
 
 def offsets(
@@ -131,21 +137,30 @@ def offsets(
     *,
     model: str,
     small: Path,
+    pruned: Path,
     instruct: Path,
+    earlier: Path | None = None,
     out: Path,
     work: Path,
     place: Place,
 ) -> Metrics:
-    """By how much the small model's residual stream is off on the rows that SFT will read."""
+    """By how much the small model's residual stream is off on the rows that SFT will read; after an
+    `earlier` part of it, with the adapter that it left."""
     written = tokens = 0
+    adapters = None
+    if earlier:
+        adapters = latest_adapter(earlier), work / "recovered"
+        recover(adapters[0], pruned, model, adapters[1], small if config.correct else None)
     for part in ("train", "held_out"):
         packed = Packed(instruct / part)
         ids = np.arange(packed.rows)
         if part == "train":
-            ids = np.unique(order(packed.rows, config.rows, config.seed))
+            read = order(packed.rows, config.rows, config.seed)
+            ids = np.unique(read[config.first : config.end])
         rows = list(batches(packed, ids, place.micro_batch))
-        options = {"work": work / part, "device": place.device, "dtype": torch.bfloat16}
-        found = write_offsets(model, small, out / part, rows, config.offset, **options)
+        options: dict[str, Any] = {"device": place.device, "dtype": torch.bfloat16}
+        options |= {"work": work / part, "adapters": adapters}
+        found = write_offsets(model, small, out / part, rows, config.layers, **options)
         written += int(found["bytes"])
         tokens += round(found["tokens"] * (1 - packed.info["padding"]))
     return {"bytes": written, "tokens": tokens, "peak_memory_bytes": place.peak_memory()}

@@ -158,13 +158,14 @@ def sft(
     instruct: Path,
     kept: Path | None = None,
     offsets: Path | None = None,
+    earlier: Path | None = None,
     out: Path,
     work: Path,
     place: Place,
 ) -> Metrics:
     """Train a LoRA adapter on the model as it is: small or full, 16-bit or NF4; with `kept`, a
     pruned model, on the full one at the positions that pruning keeps; with `offsets`, on the small
-    one put where the full one is."""
+    one put where the full one is, in the first part or from where an `earlier` one ended."""
     return fit(
         "sft",
         model=Path(model),
@@ -177,6 +178,7 @@ def sft(
         work=work,
         kept=kept,
         offsets=offsets,
+        earlier=earlier,
     )
 
 

@@ -20,7 +20,7 @@ from loram.errors import UserError
 from loram.evaluate import perplexity
 from loram.masks import of_weights
 from loram.model import load, save
-from loram.offsets import OffsetConfig, OffsetLoss, Offsets, write_offsets
+from loram.offsets import OffsetLoss, Offsets, write_offsets
 from loram.packing import Packed, batches, order
 from loram.train import TrainConfig
 from pipelines.fit import fit
@@ -134,7 +134,7 @@ def test_offsets_reach_both_workers(cluster, data, tmp_path):
         packed = Packed(data / part)
         rows = list(batches(packed, range(packed.rows), 4))
         made = tmp_path / "offsets" / part
-        given = tmp_path / "large", data / "model", made, rows, OffsetConfig(2)
+        given = tmp_path / "large", data / "model", made, rows, 2
         write_offsets(*given, work=tmp_path / part, dtype=torch.bfloat16)
     fit(
         "sft",

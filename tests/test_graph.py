@@ -47,7 +47,7 @@ def test_a_trial_makes_the_offsets_of_its_rows_and_nothing_else(monkeypatch):
     monkeypatch.setattr(tune.trial, "going_on", lambda earlier, step: started.append(step.name))
     made = steps("offset.layers=2")
     for name in ("offsets", "sft"):
-        tune.trial._training(made["sft"], None, made[name])
+        tune.trial._training({}, made[name])
     assert started == ["offsets", "sft"]
     with pytest.raises(UserError, match="store: found one from which quantise"):
-        tune.trial._training(made["sft"], None, made["quantise"])
+        tune.trial._training({}, made["quantise"])

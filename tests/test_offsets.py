@@ -8,11 +8,10 @@ from loram.by_row import from_float8
 from loram.loss import CausalLoss
 from loram.model import load, save
 from loram.offsets import (
-    OffsetConfig,
     OffsetLoss,
     Offsets,
+    evenly,
     offset_bytes,
-    offset_layers,
     write_offsets,
 )
 from loram.prune import PruneConfig, choose, prune
@@ -40,7 +39,7 @@ def written(tmp_path, base, small, layers, given=None, **options):
     out = tmp_path / f"offsets-{layers}"
     out.mkdir()
     found = write_offsets(
-        base, small, out, given or numbered(), OffsetConfig(layers), work=tmp_path / "w", **options
+        base, small, out, given or numbered(), layers, work=tmp_path / "w", **options
     )
     return Offsets(out), found
 
@@ -66,10 +65,10 @@ def distance(a, b) -> float:
 
 
 def test_layers_are_spread_evenly_and_the_last_is_among_them():
-    assert offset_layers(30, OffsetConfig(0)) == []
-    assert offset_layers(30, OffsetConfig(1)) == [30]
-    assert offset_layers(30, OffsetConfig(3)) == [10, 20, 30]
-    assert offset_layers(4, OffsetConfig(4)) == offset_layers(4, OffsetConfig(9)) == [1, 2, 3, 4]
+    assert evenly(30, 0) == []
+    assert evenly(30, 1) == [30]
+    assert evenly(30, 3) == [10, 20, 30]
+    assert evenly(4, 4) == evenly(4, 9) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("layers", [1, 4])
@@ -79,7 +78,7 @@ def test_before_the_first_step_the_small_model_answers_as_the_large_one(family, 
     offsets, found = written(tmp_path, base, small, layers)
     positions = 8 * 48
     assert found["tokens"] == positions
-    planned = offset_bytes(load(base).config, OffsetConfig(layers), positions)
+    planned = offset_bytes(load(base).config, layers, positions)
     assert planned == positions * layers * (64 + 4)
     assert 0 < found["bytes"] - planned < 2 * 300
     module = OffsetLoss(attach(load(small, dtype=torch.float32), ADAPTER), offsets.layers)
@@ -171,7 +170,7 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     base, small = small_and_large("llama", tmp_path)
     asked = stumbling(monkeypatch)
     (tmp_path / "out").mkdir()
-    arguments = base, small, tmp_path / "out", numbered(), OffsetConfig(4)
+    arguments = base, small, tmp_path / "out", numbered(), 4
     with pytest.raises(OSError, match="No space"):
         write_offsets(*arguments, work=tmp_path / "work")
     write_offsets(*arguments, work=tmp_path / "work")

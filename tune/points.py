@@ -129,7 +129,8 @@ def costs(arm: str, seed: int, sft: Step, others: Iterable[Step], store: Store) 
     """
     stages: dict[str, list[dict[str, Any]]] = {}
     for step in order([sft]):
-        if step.name in STAGES:
+        # The curve of a training has that of its earlier parts.
+        if step.name in STAGES and (step is sft or STAGES[step.name] != "SFT"):
             stages.setdefault(STAGES[step.name], []).append(store.record(step.slug))
     if searched := [store.record(step.slug) for step in others]:
         stages[SEARCH] = searched

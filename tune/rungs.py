@@ -7,19 +7,17 @@ same bytes as training in one go.
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from loram.train import TrainConfig
-from pipelines.fit import STATE
+from pipelines.fit import begin_from
 from pipelines.graph import Graph
 from pipelines.launch import ray_launch
 from pipelines.recipe import Recipe
 from pipelines.step import Metrics, Step
-from pipelines.worker import RUN
 
 FACTOR = 2  # of the trials at a rung, one in so many goes on
 
@@ -51,6 +49,21 @@ def sft_of(graph: Graph) -> Step:
     return step
 
 
+def parts(sft: Step) -> list[Step]:
+    """The trainings that lead to this one, the first part first; itself the last."""
+    earlier = sft.inputs.get("earlier")
+    return [*(parts(earlier) if isinstance(earlier, Step) else []), sft]
+
+
+def goes_on(before: Step, sft: Step) -> Step:
+    """Of the parts of a training the one that a rung before was of: it reads the same."""
+
+    def reads(step: Step) -> dict[str, str]:
+        return {name: node.key for name, node in step.inputs.items()}
+
+    return next(part for part in parts(sft) if reads(part) == reads(before))
+
+
 def going_on(
     earlier: Mapping[str, Path],
     step: Step,
@@ -64,13 +77,9 @@ def going_on(
     Args:
         earlier: the entry of the rung before, by the key of the training that goes on from it.
     """
-    if step.key in earlier and not (work / RUN).exists():
-        copy = work.with_name(f"{work.name}.earlier")
+    if step.key in earlier:
         try:
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(earlier[step.key] / STATE, copy)
-            shutil.rmtree(work, ignore_errors=True)
-            copy.rename(work)
+            begin_from(earlier[step.key], work)
         except OSError as error:
             lost: Future[Metrics] = Future()
             lost.set_exception(error)

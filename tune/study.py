@@ -32,7 +32,7 @@ from pipelines.store import Store  # noqa: E402
 from tune import study_page, trainings  # noqa: E402
 from tune.arms import RATIOS, STUDIES, Study, ask  # noqa: E402
 from tune.points import Seen  # noqa: E402
-from tune.rungs import going_on  # noqa: E402
+from tune.rungs import goes_on, going_on  # noqa: E402
 from tune.trainings import Training, evaluations, named, wanted  # noqa: E402
 
 
@@ -102,11 +102,11 @@ def _train(study: Study, planned: list[Training], here: Session) -> dict[str, st
         optional = {t.sft.key: named(t) for t in now if t not in shared}
         targets = [t.sft for t in now] + evaluations(study, shared)
         lost |= _execute(targets, optional, earlier, note, here)
-        entries = {(t.arm, t.seed, t.lr): here.store.entry(t.sft.slug) for t in now}
+        before = {(t.arm, t.seed, t.lr): t.sft for t in now if named(t) not in lost}
         earlier = {
-            t.sft.key: entries[t.arm, t.seed, t.lr]
+            goes_on(stopped, t.sft).key: here.store.entry(stopped.slug)
             for t in planned
-            if t.stop == following and named(t) not in lost
+            if t.stop == following and (stopped := before.get((t.arm, t.seed, t.lr)))
         }
     return lost
 

@@ -38,7 +38,7 @@ from tune import page  # noqa: E402
 from tune.follow import Follow, shown  # noqa: E402
 from tune.notes import Notes  # noqa: E402
 from tune.plan import Plan  # noqa: E402
-from tune.rungs import sft_of  # noqa: E402
+from tune.rungs import parts, sft_of  # noqa: E402
 from tune.search import Outcome, capacity, most, search  # noqa: E402
 from tune.space import replaced, space  # noqa: E402
 
@@ -180,7 +180,8 @@ def _kept(store: Store) -> Iterator[None]:
 
 def _shared(graph: Graph) -> list[Step]:
     """What a group's trials need before they train, and the base that they are compared with."""
-    inputs = [node for node in sft_of(graph).inputs.values() if isinstance(node, Step)]
+    first = parts(sft_of(graph))[0]
+    inputs = [node for node in first.inputs.values() if isinstance(node, Step)]
     return [*inputs, graph.variants[0].evaluate]
 
 

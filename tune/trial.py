@@ -18,7 +18,7 @@ from pipelines.recipe import Recipe
 from pipelines.step import Metrics, Source, Step
 from pipelines.store import Store
 from tune.notes import Notes
-from tune.rungs import going_on, rungs, sft_of, stopped
+from tune.rungs import goes_on, going_on, rungs, sft_of, stopped
 from tune.space import Value, replaced
 
 
@@ -51,24 +51,25 @@ def trial(
     notes.write(trial=name, values=config)
     recipe, shelf = replaced(recipe, config), Store(store)
     last = over or recipe.sft.steps
-    before: Path | None = None
+    before: Step | None = None
     for step in [*rungs(recipe.sft), recipe.sft.steps]:
         if step > last:
             return
         sft = sft_of(build(stopped(recipe, step), model, sources))
-        launch = partial(_training, sft, before)
+        earlier = {goes_on(before, sft).key: shelf.entry(before.slug)} if before else {}
+        launch = partial(_training, earlier)
         try:
             execute([sft], shelf, launch, recipe.place, lambda event: None)
             loss = shelf.record(sft.slug)["metrics"]["held_out_loss"]
         except (UserError, StepFailed, OSError) as failure:
             return tell(step, math.inf, str(failure))
         tell(step, loss, "")
-        before = shelf.entry(sft.slug)
+        before = sft
 
 
-def _training(sft: Step, before: Path | None, step: Step, *rest: Any) -> "Future[Metrics]":
-    """Start the training, from the rung before, or the offsets of its rows, which a searched field
-    may choose: what else it needs was made before the search."""
-    if step.key not in (sft.key, getattr(sft.inputs.get("offsets"), "key", "")):
+def _training(earlier: dict[str, Path], step: Step, *rest: Any) -> "Future[Metrics]":
+    """Start a part of the training, from the rung before, or the offsets of its rows, which a
+    searched field may choose: what else it needs was made before the search."""
+    if step.name not in ("offsets", "sft"):
         refuse("store", f"one from which {step.slug} has gone", "one that stays during a sweep")
-    return going_on({sft.key: before} if before else {}, step, *rest)
+    return going_on(earlier, step, *rest)

@@ -6,6 +6,8 @@ import platform
 import sys
 from pathlib import Path
 
+from torch import cuda
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.jsonl"
 PICTURES = Path(__file__).parent / "pictures"
@@ -13,13 +15,15 @@ PICTURES = Path(__file__).parent / "pictures"
 
 def keep(name: str, **values: object) -> None:
     """Print a result and append it to results.jsonl, with the command, the date and the machine."""
+    machine = [platform.machine(), f"Python {platform.python_version()}"]
+    machine += [cuda.get_device_name()] if cuda.is_available() else []
     line = {
         "benchmark": name,
         **values,
         "command": "python -m "
         + " ".join([f"tests.benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "machine": ", ".join(machine),
     }
     text = json.dumps(line)
     print(text, flush=True)

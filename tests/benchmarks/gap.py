@@ -1,7 +1,7 @@
 """What each way to close the gap is worth: share of full LoRA's gain kept, a recipe a cell.
 
     python -m tests.benchmarks.gap [--methods stru rand semi unst] [--ratios 0.65 0.35 0.85]
-        [--ways none align ...] [--seeds 0 1 2] [--sft-steps 20] [--nf4]
+        [--ways none align ...] [--seeds 0 1 2] [--sft-steps 20] [--nf4] [--gpu]
 
 The recipe `small`, in 16 bits or 4, on the shared store: base, full LoRA, scores and cuts are made
 once; while a step of one cell starts, one of another computes. `none` is the method without
@@ -63,6 +63,11 @@ WAYS |= {
     for way in ("none", "general", "task")
     for n in (1, 3, 6, 15, 30)
 }
+WAYS |= {
+    f"{way}, offsets 30, {n} parts": [*WAYS[f"{way}, offsets 30"], f"offset.parts={n}"]
+    for way in ("none", "general", "task")
+    for n in (2, 5, 10)
+}
 # Of these ways another row of the table than the last.
 ROWS = {"bound": "LoRA where pruning keeps", "qlora": "QLoRA"}
 PREPARING = ("compensate", "align", "targets", "distil", "offsets")
@@ -77,13 +82,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sft-steps", type=int, default=20)
     parser.add_argument("--nf4", action="store_true")
+    parser.add_argument("--gpu", action="store_true", help="train and evaluate on GPUs")
     options = parser.parse_args()
     missing = [cell for cell in cells(options) if not kept("gap", **cell)]
     if missing:
         start_ray()
     with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
         list(side_by_side.map(run, missing))
-    print(table(nf4=options.nf4, sft_steps=options.sft_steps))
+    print(table(nf4=options.nf4, sft_steps=options.sft_steps, gpu=options.gpu))
 
 
 def cells(options: argparse.Namespace) -> Iterator[dict]:
@@ -97,11 +103,8 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
             moved = (sparse or aligned or options.nf4) and way not in ROWS
             for correct in (False, True) if moved else (False,):
                 cell = {"method": method, "ratio": ratio, "nf4": options.nf4, "way": way}
-                yield cell | {
-                    "correct": correct,
-                    "sft_steps": options.sft_steps,
-                    "seed": seed,
-                }
+                cell |= {"correct": correct, "sft_steps": options.sft_steps, "seed": seed}
+                yield cell | {"gpu": options.gpu}
 
 
 def table(**chosen: object) -> str:
@@ -145,6 +148,7 @@ def run(cell: dict) -> None:
         "offset.layers=0",
         *WAYS[cell["way"]],
     ]  # each way says it
+    changes += ["place.gpus_per_worker=1"] if cell["gpu"] else []
     recipe = resolve("small", changes)
     recipe = seeded(recipe, cell["seed"], recipe.sft.lr)  # as a study, which uses what this made
     store = Store(home() / "store")
