@@ -23,7 +23,7 @@ from loram.model import load, save
 from loram.offsets import OffsetLoss, Offsets, write_offsets
 from loram.packing import Packed, batches, order
 from loram.train import TrainConfig
-from pipelines.fit import fit
+from pipelines.fit import fit, latest_adapter
 from pipelines.launch import start_ray
 from pipelines.place import Place
 from pipelines.stream import stream
@@ -122,6 +122,38 @@ def test_two_workers_take_the_rows_of_one(cluster, data, tmp_path):
     kept = Packed(data / "held_out")
     again = perplexity(model, batches(kept, np.arange(kept.rows), 2))
     assert again["loss"] == pytest.approx(first["held_out_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_training_in_two_parts_is_the_same(cluster, data, tmp_path):
+    common = {
+        "model": data / "model",
+        "train": data / "train",
+        "held_out": data / "held_out",
+        "adapter": AdapterConfig(),
+        "place": Place(cpus_per_worker=1, micro_batch=2),
+    }
+
+    def trained(name, stop=None, **options):
+        config = dataclasses.replace(CONFIG, stop=stop)
+        places = {"out": tmp_path / name, "work": tmp_path / f"{name}-work"}
+        return fit("sft", config=config, **common, **places, **options)
+
+    whole = trained("whole")
+    trained("first", stop=3)
+    second = trained("second", earlier=tmp_path / "first")
+    weights = [
+        (tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("whole", "second")
+    ]
+    assert weights[0] == weights[1]
+    same = ("held_out_loss", "final_held_out_loss", "tokens", "trained_tokens")
+    assert [whole[name] for name in same] == [second[name] for name in same]
+    held_out = [
+        line for line in lines(tmp_path / "second-work" / "metrics.jsonl") if "loss" not in line
+    ]
+    assert [line["step"] for line in held_out] == [2, 3, 4, 6]
+    # Where the first part ended is not where it was best, if it got worse again.
+    assert latest_adapter(tmp_path / "first").parent.name == "step-000003"
 
 
 @pytest.mark.slow

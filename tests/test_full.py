@@ -94,7 +94,7 @@ def test_compensated_distilled_and_corrected(user):
     """Every way to close the gap in one run, with the bound beside it; NF4."""
     words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
     words += ["distil.trained=stand_ins", "correct=true", 'compare=["lora","bound"]']
-    words += ["offset.layers=2"]
+    words += ["offset.layers=2", "offset.parts=2"]
     log = user("test", *words)
     wanted = {"compensate", "targets", "distil", "quantise", "offsets", "sft_bound", "recover"}
     assert wanted <= made(log)
@@ -107,7 +107,10 @@ def test_compensated_distilled_and_corrected(user):
     assert records["compensate"]["metrics"]["stand_in_parameters"] == 2 * 2 * 2 * 4 * 64
     assert records["targets"]["metrics"]["bytes"] > 0
     assert records["offsets"]["metrics"]["bytes"] > 0
-    assert "offsets" in records["sft"]["inputs"] and "offsets" not in records["sft_bound"]["inputs"]
+    assert {"offsets", "earlier"} <= records["sft"]["inputs"].keys()
+    assert not {"offsets", "earlier"} & records["sft_bound"]["inputs"].keys()
+    curves = Path(report.parent / "report.html").read_text()
+    assert curves.count("<td>sft</td>") == curves.count("<td>offsets</td>") == 2
     assert len(records["recover"]["inputs"]) == 4
     adapter = Path(re.search(r"recovered adapter +(\S+)", log).group(1))
     base = AutoModelForCausalLM.from_pretrained(home() / "assets" / "tiny-llama")

@@ -4,18 +4,24 @@ import pytest
 
 import tune.trial
 from loram.errors import UserError
-from pipelines.graph import build
+from pipelines.graph import Graph, build
 from pipelines.locate import all_sources
 from pipelines.recipes import resolve
 from pipelines.step import Source, Step, order
+from tune.rungs import goes_on, parts, sft_of
+
+
+def graph(*changes: str) -> Graph:
+    """That of the recipe for tests with these changes."""
+    recipe = resolve("test", list(changes))
+    sources = {spec.path: Source("data", spec.path, spec.path) for spec in all_sources(recipe)}
+    return build(recipe, Source("model", recipe.model, "digest"), sources)
 
 
 def steps(*changes: str) -> dict[str, Step]:
-    """The steps of the recipe for tests with these changes, by name."""
-    recipe = resolve("test", list(changes))
-    sources = {spec.path: Source("data", spec.path, spec.path) for spec in all_sources(recipe)}
-    graph = build(recipe, Source("model", recipe.model, "digest"), sources)
-    return {step.name: step for step in order([v.evaluate for v in graph.variants])}
+    """Its steps by name, of several parts the last."""
+    targets = [variant.evaluate for variant in graph(*changes).variants]
+    return {step.name: step for step in order(targets)}
 
 
 def test_only_the_small_model_has_masks():
@@ -40,6 +46,38 @@ def test_offsets_are_of_the_rows_and_of_the_small_model():
         assert steps("offset.layers=2", same)["offsets"].key == plain["offsets"].key
     for other in ("sft.steps=8", "sft.seed=1", "prune.ratio=0.25", "nf4=false"):
         assert steps("offset.layers=2", other)["offsets"].key != plain["offsets"].key
+
+
+def trained(*changes: str) -> list[Step]:
+    """The trainings of an adapter in four steps and three parts, which end after 1, 3 and 4."""
+    parted = graph("offset.layers=2", "offset.parts=3", *changes)
+    return parts(sft_of(parted))
+
+
+def test_each_part_of_sft_has_the_offsets_of_its_rows_and_goes_on_from_the_one_before():
+    first, second, third = trained()
+    assert [part.config.train.stop for part in (first, second, third)] == [1, 3, None]
+    assert "earlier" not in first.inputs
+    assert second.inputs["earlier"] is first and third.inputs["earlier"] is second
+    rows = [part.inputs["offsets"].config for part in (first, second, third)]
+    assert [(found.first, found.end) for found in rows] == [(0, 4), (4, 12), (12, 16)]
+    assert third.inputs["offsets"].inputs["earlier"] is second
+    # Only an adapter that is there is recovered, corrected or not.
+    corrected = trained("correct=true")
+    assert corrected[0].key == first.key and corrected[1].key != second.key
+
+
+def test_a_training_that_stops_in_a_part_goes_on_in_it():
+    """As rungs of a sweep and the steps of a study do."""
+    whole = trained()
+    for stop, part in ((1, 0), (2, 1), (3, 1)):
+        rung = trained(f"sft.stop={stop}")
+        assert len(rung) == part + 1 and rung[-1].config.train.stop == stop
+        assert [step.key for step in rung[:part]] == [step.key for step in whole[:part]]
+        assert goes_on(rung[-1], whole[-1]) is whole[part]
+        assert (rung[-1].key == whole[part].key) == (stop != 2)
+    rungs = [graph("sft.stop=2"), graph()]
+    assert goes_on(*map(sft_of, rungs)) is sft_of(rungs[1])
 
 
 def test_a_trial_makes_the_offsets_of_its_rows_and_nothing_else(monkeypatch):

@@ -1,14 +1,24 @@
 """LoRA on a packed model, plain and under the mask: trained, recovered, merged."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from loram.adapter import AdapterConfig, attach, merge, open_adapted, recover, save_adapter
+from loram.adapter import (
+    AdapterConfig,
+    attach,
+    layer_updates,
+    merge,
+    open_adapted,
+    recover,
+    save_adapter,
+)
 from loram.errors import UserError
+from loram.layers import Layers
 from loram.masks import layer_file, layer_masks, unpacked
 from loram.model import load
 from loram.sparse import pack
@@ -34,6 +44,10 @@ def test_trained_recovered_and_merged(family, masked, tmp_path):
     full, merged = load(base, dtype=torch.float32), load(tmp_path / "merged", dtype=torch.float32)
     assert (logits(merged) - logits(opened)).abs().max() < 1e-4
     assert (logits(merged) - logits(full)).abs().max() > 1e-3
+    moved = Layers(base, updates=partial(layer_updates, tmp_path / "recovered"))
+    for i in range(4):
+        for name, weight in moved.layer(i).named_parameters():
+            assert torch.allclose(weight, Layers(tmp_path / "merged").layer(i).get_parameter(name))
     trained = open_adapted(tmp_path / "packed", tmp_path / "adapter")
     assert torch.equal(logits(trained), logits(model.eval()))
     masks = {name: bits for i in range(4) for name, bits in layer_masks(pruned, i).items()}

@@ -1,9 +1,11 @@
 """Offsets: the small model, put where the large one is, and what trains there."""
 
+import shutil
+
 import pytest
 import torch
 
-from loram.adapter import AdapterConfig, attach
+from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter
 from loram.by_row import from_float8
 from loram.loss import CausalLoss
 from loram.model import load, save
@@ -86,6 +88,31 @@ def test_before_the_first_step_the_small_model_answers_as_the_large_one(family, 
         large = state(CausalLoss(load(base, dtype=torch.float32)), batch)
         there = state(module, batch | offsets.fetch(batch["row"]))
         assert distance(there, large) < 0.04 * distance(state(module, batch), large)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_found_anew_they_know_the_adapter_on_both_models(family, tmp_path):
+    base, small = small_and_large(family, tmp_path)
+    adapted = attach(load(small, dtype=torch.float32), ADAPTER)
+    generator = torch.Generator().manual_seed(4)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    adapters = tmp_path / "adapter", tmp_path / "recovered"
+    save_adapter(adapted, adapters[0])
+    recover(adapters[0], small, base, adapters[1])
+    before, _ = written(tmp_path, base, small, 4)
+    shutil.rmtree(tmp_path / "w")
+    anew, _ = written(tmp_path, base, small, 2, adapters=adapters)
+    large = CausalLoss(open_adapted(base, adapters[1], dtype=torch.float32))
+    batch = numbered()[0]
+    wanted = state(large, batch)
+    untrained = state(CausalLoss(load(base, dtype=torch.float32)), batch)
+    assert distance(untrained, wanted) > 0.3 * float(wanted.norm())  # it does move it
+    there = state(OffsetLoss(adapted, anew.layers), batch | anew.fetch(batch["row"]))
+    adapted = open_adapted(small, adapters[0], dtype=torch.float32)
+    stale = state(OffsetLoss(adapted, before.layers), batch | before.fetch(batch["row"]))
+    assert distance(there, wanted) < 0.1 * distance(stale, wanted)
 
 
 def test_rounding_does_not_add_up(tmp_path):

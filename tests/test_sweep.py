@@ -18,12 +18,16 @@ def test_no_finished_step_runs_again_and_what_is_shared_runs_once(swept):
     after = records(root)
     assert before.items() <= after.items()
     kinds = Counter(slug.rpartition("-")[0] for slug in after)
-    assert (
-        kinds["prune"] == kinds["offsets"] == 2
-        and kinds["score"] == 1
-        and kinds["evaluate_base"] == 1
-    )
+    assert kinds["prune"] == 2 and kinds["score"] == kinds["evaluate_base"] == 1
     assert kinds["evaluate_large"] == 4
+    inputs = {
+        slug: json.loads((root / "store" / slug / "record.json").read_text())["inputs"]
+        for slug in after
+    }
+    # The first half of SFT ends at the rung; only who goes on has the second, with offsets anew.
+    second = Counter(slug.rpartition("-")[0] for slug in after if "earlier" in inputs[slug])
+    assert 2 <= second["sft"] == second["offsets"] < 4
+    assert kinds["sft"] == 4 + second["sft"] and kinds["offsets"] == 2 + second["offsets"]
 
 
 def test_every_trial_has_its_final_numbers_in_mlflow_under_one_run(swept):

@@ -171,6 +171,8 @@ def run(cell: dict) -> None:
         out_of_domain_perplexity=round(rows[2].out_of_domain_perplexity, 2),
         lora_out_of_domain_perplexity=round(rows[1].out_of_domain_perplexity, 2),
         held_mb=round(rows[2].bytes / 1e6, 1),
+        peak_mb=round(rows[2].peak_memory_bytes / 1e6),
+        lora_peak_mb=round(rows[1].peak_memory_bytes / 1e6),
         preparing_seconds=round(sum(record["seconds"] for record in records), 1),
         preparing={r["name"]: r["metrics"] for r in records},
     )
