@@ -146,7 +146,8 @@ def _tokens(recipe: Recipe) -> Table:
         # One pass of the large model and of the small one, without gradients.
         seq_len = max(recipe.align.seq_len, recipe.sft.seq_len)
         table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
-    row("distil" if recipe.distil.trained else "align", recipe.align)
+    if recipe.align.steps:
+        row("distil" if recipe.distil.trained else "align", recipe.align)
     if recipe.offset.layers:
         table.add_row("offsets", "-", f"{offset_positions(recipe):,}")
     row("sft", recipe.sft)

@@ -54,7 +54,7 @@ def compensate(
         batches(rows, range(count), place.micro_batch)
         for rows, count in zip(packed, counts, strict=True)
     ]
-    options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
+    options = {"work": place.spool(work), "device": place.device, "dtype": torch.bfloat16}
     layers = evenly(read_config(pruned).num_hidden_layers, config.offset_layers)
     fitted = chain(*rows), config.compensate
     found = loram.compensate.compensate(model, pruned, out, *fitted, offsets=layers, **options)
@@ -81,7 +81,7 @@ def targets(
     ids = np.unique(order(packed.rows, config.rows, config.seed))
     rows = list(batches(packed, ids, place.micro_batch))
     kept = DistilConfig(top=config.top, hidden_layers=config.hidden_layers)
-    options = {"work": work, "device": place.device, "dtype": torch.bfloat16}
+    options = {"work": place.spool(work), "device": place.device, "dtype": torch.bfloat16}
     return dict(write_targets(model, out, rows, kept, **options))
 
 
@@ -159,7 +159,7 @@ def offsets(
             ids = np.unique(read[config.first : config.end])
         rows = list(batches(packed, ids, place.micro_batch))
         options: dict[str, Any] = {"device": place.device, "dtype": torch.bfloat16}
-        options |= {"work": work / part, "adapters": adapters}
+        options |= {"work": place.spool(work) / part, "adapters": adapters}
         found = write_offsets(model, small, out / part, rows, config.layers, **options)
         written += int(found["bytes"])
         tokens += round(found["tokens"] * (1 - packed.info["padding"]))

@@ -34,6 +34,10 @@ class Place:
             return max(1, device_count() // (self.workers * self.gpus_per_worker))
         return max(1, (os.cpu_count() or 1) // (self.workers * self.cpus_per_worker))
 
+    def spool(self, work: Path) -> Path:
+        """Where activations wait, batch by batch: those of batches of another size do not count."""
+        return work / f"batches-of-{self.micro_batch}"
+
     def peak_memory(self) -> int:
         """Most bytes this process held: on the GPU if it has one, else resident memory."""
         if self.gpus_per_worker:

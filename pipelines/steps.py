@@ -64,7 +64,8 @@ def score(
         random_scores(read_config(model), config.seed).save(out)
         return {}
     rows, tokens = calibration(corpus, config.rows, place)
-    scores = taylor_scores(model, rows, work=work, device=place.device, dtype=torch.bfloat16)
+    options = {"work": place.spool(work), "device": place.device, "dtype": torch.bfloat16}
+    scores = taylor_scores(model, rows, **options)
     scores.save(out)
     return {"calibration_tokens": tokens, "peak_memory_bytes": place.peak_memory()}
 
@@ -98,7 +99,8 @@ def sparsify(
 ) -> Metrics:
     """Remove single weights by SparseGPT; the copy keeps its shapes, and its masks beside it."""
     rows, tokens = calibration(corpus, config.rows, place)
-    found = loram.sparse.sparsify(model, out, rows, config.prune, work=work, device=place.device)
+    options = {"work": place.spool(work), "device": place.device}
+    found = loram.sparse.sparsify(model, out, rows, config.prune, **options)
     full = read_config(model)
     before, after = size(full).total, pruned_size(full, config.prune).total
     counts = {"parameters": before, "pruned_parameters": after, "reduction": before / after}
