@@ -146,6 +146,7 @@ def run(cell: dict) -> None:
         "compensate.rank=0",
         'distil.trained=""',
         "offset.layers=0",
+        "offset.parts=1",
         *WAYS[cell["way"]],
     ]  # each way says it
     changes += ["place.gpus_per_worker=1"] if cell["gpu"] else []
@@ -174,7 +175,7 @@ def run(cell: dict) -> None:
         peak_mb=round(rows[2].peak_memory_bytes / 1e6),
         lora_peak_mb=round(rows[1].peak_memory_bytes / 1e6),
         preparing_seconds=round(sum(record["seconds"] for record in records), 1),
-        preparing={r["name"]: r["metrics"] for r in records},
+        preparing=[{"step": r["name"], "seconds": r["seconds"]} | r["metrics"] for r in records],
     )
 
 
