@@ -20,22 +20,15 @@ from loram.by_row import ByRow, from_float8, to_float8, write_info
 from loram.layers import Layers, Spool, walk
 from loram.loss import CHUNK, Batch, CausalLoss
 from loram.shards import link
-from loram.train import train_all_
-
-TRAINED = ("all", "stand_ins")
 
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """trained: nothing (no distillation), `all` kept weights, or `stand_ins`, with which go the
-    norms: then the weights that inference shares with the large model stay as they are.
+    """top: next tokens kept of each position; 0 for no distillation. hidden_layers: hidden states
+    kept of each position, evenly between the layers. hidden_weight: of their loss beside that of
+    the next token."""
 
-    top: next tokens kept of each position. hidden_layers: hidden states kept of each position,
-    evenly between the layers. hidden_weight: of their loss beside that of the next token.
-    """
-
-    trained: str = ""
-    top: int = 32
+    top: int = 0
     hidden_layers: int = 3
     hidden_weight: float = 1.0
 
@@ -157,15 +150,6 @@ class DistilLoss(CausalLoss):
             near = (apart / large.square().sum(-1).clamp_min(1e-6)).sum()
             total = total + self.weight / len(self.hidden) * near
         return total
-
-
-def train_(model: PreTrainedModel, config: DistilConfig) -> PreTrainedModel:
-    """Make trainable what distillation trains."""
-    if config.trained == "all":
-        return train_all_(model)
-    for name, weight in model.named_parameters():
-        weight.requires_grad_("stand_in" in name or "norm" in name)
-    return model
 
 
 def _divergence(head: nn.Module, hidden: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.adapter import AdapterConfig, attach
-from loram.distil import DistilConfig, train_
 from loram.loss import summed_loss
 from loram.packed import PackedLinear, spread, tables
 from loram.parallel import masters_
 from loram.plan import lora_parameters, size
 from loram.prune import STRUCTURED, PruneConfig
 from loram.pruned import meta_model
+from loram.train import train_all_
 
 
 def sft_bytes(
@@ -66,7 +66,6 @@ def align_bytes(
     *,
     workers: int = 1,
     masked: int = 0,
-    trained: str = "all",
 ) -> int:
     """Peak of alignment a worker, with micro-batches of `rows` x `seq_len`, more than one a step.
 
@@ -77,13 +76,12 @@ def align_bytes(
     Args:
         config: of the model as it is aligned, not packed.
         masked: weights that have a place in a mask: a byte each.
-        trained: as of `loram.distil.DistilConfig`.
     """
-    whole = train_(meta_model(config), DistilConfig(trained))
+    whole = train_all_(meta_model(config))
     frozen = sum(weight.numel() for weight in whole.parameters() if not weight.requires_grad)
     held = (16 * (size(config).total - frozen) + 2 * frozen + masked) // workers
     model, counts = _layers_of_each_shape(config)
-    train_(model, DistilConfig(trained))
+    train_all_(model)
     if workers == 1:
         masters_(model)
     else:

@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from loram.compensate import DATA, CompensateConfig
 from loram.data import encode_chat, load_tokenizer
-from loram.distil import TRAINED
 from loram.errors import refuse
 from loram.formats import Message
 from loram.model import check_weights, read_config
@@ -120,16 +119,12 @@ def _check_compensation(config: PreTrainedConfig, compensate: CompensateConfig) 
 
 def _check_distillation(config: PreTrainedConfig, recipe: Recipe) -> None:
     distil = recipe.distil
-    if not distil.trained:
+    if not 0 <= distil.top <= config.vocab_size:
+        refuse("distil.top", distil.top, f"0 (none) to {config.vocab_size}")
+    if not distil.top:
         return
-    if distil.trained not in TRAINED:
-        refuse("distil.trained", repr(distil.trained), ", ".join(TRAINED))
     if not recipe.align.steps:
-        refuse("align.steps", "0 with distil.trained", "1 or more: it says how long")
-    if distil.trained == "stand_ins" and not recipe.compensate.rank:
-        refuse("distil.trained", "stand_ins with compensate.rank 0", "a rank to train, or all")
-    if not 1 <= distil.top <= config.vocab_size:
-        refuse("distil.top", distil.top, f"1 to {config.vocab_size}")
+        refuse("align.steps", "0 with distil.top", "1 or more: it says how long")
     if not 0 <= distil.hidden_layers < config.num_hidden_layers:
         refuse("distil.hidden_layers", distil.hidden_layers, f"0 to {config.num_hidden_layers - 1}")
     if not 0 <= distil.hidden_weight < float("inf"):

@@ -9,7 +9,7 @@ from pipelines.recipe import Recipe
 
 def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     """What the large model's targets take on disk at most."""
-    if not recipe.distil.trained:
+    if not recipe.distil.top:
         return 0
     positions = recipe.align.steps * recipe.align.global_batch * recipe.align.seq_len
     return target_bytes(config, recipe.distil, positions)

@@ -87,7 +87,7 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     )
     if small.stand_ins:
         table.add_row("of these, stand-ins for what was removed", f"{small.stand_ins:,}", "")
-    if recipe.distil.trained:
+    if recipe.distil.top:
         disk = distil_bytes(recipe, config)
         table.add_row("the large model's targets, bytes on disk at most", f"{disk:,}", "")
     if recipe.offset.layers:
@@ -122,9 +122,8 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
         row("compensate (a layer at a time)", needed)
     if recipe.align.steps:
         options: dict[str, Any] = {"workers": place.workers, "masked": plan.size(small).masked}
-        options |= {"trained": recipe.distil.trained or "all"}
         needed = memory.align_bytes(aligned, rows, seq_len, less, **options)
-        row("distil" if recipe.distil.trained else "align", needed)
+        row("distil" if recipe.distil.top else "align", needed)
     plain = replace(recipe.adapter, masked=False)
     batch = rows, recipe.sft.seq_len, less
     needed = memory.sft_bytes(small, recipe.adapter, recipe.nf4, *batch, recipe.offset.layers)
@@ -147,7 +146,7 @@ def _tokens(recipe: Recipe) -> Table:
         seq_len = max(recipe.align.seq_len, recipe.sft.seq_len)
         table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
     if recipe.align.steps:
-        row("distil" if recipe.distil.trained else "align", recipe.align)
+        row("distil" if recipe.distil.top else "align", recipe.align)
     if recipe.offset.layers:
         table.add_row("offsets", "-", f"{offset_positions(recipe):,}")
     row("sft", recipe.sft)

@@ -111,7 +111,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         fitted |= {"model": model, "pruned": pruned}
         config = imitate.StandInsConfig(recipe.compensate, recipe.offset.layers)
         small = heavy("compensate", imitate.compensate, config, fitted)
-    if recipe.align.steps and recipe.distil.trained:
+    if recipe.align.steps and recipe.distil.top:
         total = recipe.align.steps * recipe.align.global_batch
         wanted = imitate.TargetsConfig(
             recipe.distil.top, recipe.distil.hidden_layers, total, recipe.align.seed

@@ -87,7 +87,7 @@ def targets(
 
 @dataclass(frozen=True)
 class DistilledConfig:
-    """train: as of alignment. distil: what is trained, and how the losses are weighed."""
+    """train: as of alignment. distil: how the losses are weighed."""
 
     train: TrainConfig
     distil: DistilConfig

@@ -17,7 +17,7 @@ from ray.train import CheckpointUploadMode
 from torch import nn
 
 from loram.adapter import AdapterConfig, attach, restrict_, save_adapter
-from loram.distil import DistilConfig, DistilLoss, Targets, train_
+from loram.distil import DistilConfig, DistilLoss, Targets
 from loram.evaluate import perplexity
 from loram.loss import CausalLoss
 from loram.masks import of_weights
@@ -125,7 +125,7 @@ def _build(job: Job, device: torch.device) -> tuple[nn.Module, Any]:
         corrected = Offsets(job.offsets / "train").layers if job.offsets else []
         return replicate(OffsetLoss(adapted, corrected)), adapted
     if job.distil:
-        module = DistilLoss(train_(model, job.distil), job.distil)
+        module = DistilLoss(train_all_(model), job.distil)
     else:
         module = CausalLoss(train_all_(model))
     return (shard(module, device) if sharded else masters_(module)), model

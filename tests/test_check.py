@@ -57,8 +57,7 @@ def refused(capsys, tmp_path):
         ("corpus.sources=[]", "corpus.sources"),
         ("compensate.rank=65", "0 (none) to 64"),
         ("compensate.data=web", "corpus, task, both"),
-        ("distil.trained=most", "all, stand_ins"),
-        ("distil.trained=stand_ins", "compensate.rank 0"),
+        ("distil.top=-1", "0 (none) to"),
         ("offset.layers=-1", "0 or more"),
     ],
 )
@@ -67,7 +66,7 @@ def test_settings(refused, change, names):
 
 
 def test_settings_that_exclude_each_other(refused):
-    assert "align.steps" in refused("distil.trained=all", "align.steps=0")
+    assert "align.steps" in refused("distil.top=32", "align.steps=0")
     assert "adapter.masked" in refused("prune.method=semi", "adapter.masked=true", "correct=true")
     assert "bound with prune.method unst" in refused("prune.method=unst", 'compare=["bound"]')
 

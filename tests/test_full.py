@@ -93,7 +93,7 @@ def test_first_run_then_a_changed_learning_rate(user):
 def test_compensated_distilled_and_corrected(user):
     """Every way to close the gap in one run, with the bound beside it; NF4."""
     words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
-    words += ["distil.trained=stand_ins", "correct=true", 'compare=["lora","bound"]']
+    words += ["distil.top=32", "correct=true", 'compare=["lora","bound"]']
     words += ["offset.layers=2", "offset.parts=2"]
     log = user("test", *words)
     wanted = {"compensate", "targets", "distil", "quantise", "offsets", "sft_bound", "recover"}

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from loram.adapter import AdapterConfig, attach
 from loram.by_row import to_float8
 from loram.compensate import CompensateConfig, compensate
-from loram.distil import DistilConfig, DistilLoss, train_
+from loram.distil import DistilConfig, DistilLoss
 from loram.loss import CausalLoss
 from loram.masks import of_weights
 from loram.memory import align_bytes, prune_bytes, sft_bytes
@@ -108,7 +108,7 @@ def trained(
         added = {f"offset_{name}": x for name, x in to_float8(torch.zeros(shape)).items()}
         one |= added if offsets else {}
     elif what:
-        module = DistilLoss(train_(model, what), what)
+        module = DistilLoss(train_all_(model), what)
         one |= {"target_ids": torch.zeros(rows, T, 8, dtype=torch.int64)}
         one |= {"target_log_probs": torch.full((rows, T, 8), -3.0)}
         one |= {"target_hidden": torch.ones(rows, 1, T, model.config.hidden_size)}
@@ -155,13 +155,12 @@ def test_sft_with_offsets_holds_those_of_a_micro_batch():
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("kind", ["full", "stru", "stand_ins", "semi"])
 def test_alignment(kind, family, rows, checkpointing, models):
-    """Of stand-ins and norms alone, by distillation, where there are stand-ins."""
+    """By distillation where there are stand-ins."""
     source = models / family / kind
-    what = DistilConfig("stand_ins", 8, 1) if kind == "stand_ins" else None
+    what = DistilConfig(8, 1) if kind == "stand_ins" else None
     found = trained(source, what, False, rows, checkpointing)
     config = read_config(source)
     options = {"masked": pruned_size(config, SEMI).masked} if kind == "semi" else {}
-    options |= {"trained": "stand_ins"} if what else {}
     guess = align_bytes(config, rows, T, checkpointing, **options)
     assert guess == pytest.approx(found, rel=0.15)
 

@@ -160,7 +160,7 @@ def _small(study: str, recipe: Recipe) -> list[Arm]:
     plain = dataclasses.replace(
         recipe,
         align=dataclasses.replace(recipe.align, steps=0),
-        distil=dataclasses.replace(recipe.distil, trained=""),
+        distil=dataclasses.replace(recipe.distil, top=0),
     )
     return [Arm(label, f"{label}, aligned", recipe), Arm(label, f"{label}, not aligned", plain)]
 

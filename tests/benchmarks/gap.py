@@ -41,7 +41,7 @@ def fitted(data: str, rank: int = 64, rows: int = 64) -> list[str]:
     return [f"compensate.data={data}", f"compensate.rank={rank}", f"compensate.rows={rows}"]
 
 
-DISTIL, FEW = ["distil.trained=all"], ["distil.trained=stand_ins"]
+DISTIL = ["distil.top=32"]
 WAYS = {
     "none": OFF,
     "align": ALIGN,
@@ -51,8 +51,6 @@ WAYS = {
     "both": OFF + fitted("both"),
     "bound": [*OFF, 'compare=["lora","bound"]'],
     "qlora": [*OFF, 'compare=["lora","qlora"]'],
-    "general, distil P Q norms": ALIGN + fitted("corpus") + FEW,
-    "task, distil P Q norms": ALIGN + fitted("task") + FEW,
     "task, distil": ALIGN + fitted("task") + DISTIL,
     "task, align": ALIGN + fitted("task"),
     **{f"task, rank {rank}": OFF + fitted("task", rank) for rank in (8, 16, 32, 128, 576)},
@@ -99,8 +97,7 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
         for ratio, way in product([None] if sparse else options.ratios, options.ways):
             if way == "bound" and sparse:
                 continue
-            aligned = "distil.trained=stand_ins" not in WAYS[way] and ALIGN[0] in WAYS[way]
-            moved = (sparse or aligned or options.nf4) and way not in ROWS
+            moved = (sparse or ALIGN[0] in WAYS[way] or options.nf4) and way not in ROWS
             for correct in (False, True) if moved else (False,):
                 cell = {"method": method, "ratio": ratio, "nf4": options.nf4, "way": way}
                 cell |= {"correct": correct, "sft_steps": options.sft_steps, "seed": seed}
@@ -144,7 +141,7 @@ def run(cell: dict) -> None:
     changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
     changes += [
         "compensate.rank=0",
-        'distil.trained=""',
+        "distil.top=0",
         "offset.layers=0",
         "offset.parts=1",
         *WAYS[cell["way"]],
