@@ -10,8 +10,8 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
+from loram.train import TrainConfig
 from pipelines.execute import CURVE, Event
-from pipelines.steps import SftConfig
 
 EVERY_S = 1.0  # a bar is brought up to date
 LINE_EVERY_S = 30.0  # without a terminal: a line of progress
@@ -66,10 +66,10 @@ class Console:
         }[event.kind]
         self.terminal.print(f"  {name:18} {step.key[:12]}  {line}", markup=False, soft_wrap=True)
         with self.lock:
-            train = step.config.train if isinstance(step.config, SftConfig) else step.config
-            if event.kind == "started" and hasattr(train, "steps"):
-                task = self.progress.add_task(name, total=train.steps, loss="-", speed="-")
-                self.following[step.key] = task, event.path / CURVE, name, train.steps
+            train = getattr(step.config, "train", step.config)
+            if event.kind == "started" and isinstance(train, TrainConfig):
+                task = self.progress.add_task(name, total=train.last, loss="-", speed="-")
+                self.following[step.key] = task, event.path / CURVE, name, train.last
             elif event.kind in ("finished", "failed") and step.key in self.following:
                 self.progress.remove_task(self.following.pop(step.key)[0])
 
