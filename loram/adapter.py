@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -163,21 +165,33 @@ def recover(
     copy_masks(adapter, out)
 
 
-def layer_updates(adapter: Path, layer: int) -> dict[str, Tensor]:
-    """What an adapter adds to the weights of a decoder layer, s B A and no more than its mask lets
-    through: float32 (out, in) by the linear's full name."""
-    config, masks = json.loads((adapter / CONFIG).read_text()), layer_masks(adapter, layer)
-    found = {}
-    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+def adapt_layer_(adapter: Path, layer: nn.Module, i: int) -> None:
+    """Put a recovered adapter on decoder layer `i` of the full model, for inference.
+
+    It stays a path of its own, as under PEFT: most of a small update would be rounded away where
+    weights are cast to 16 bits.
+    """
+    config, masks = json.loads((adapter / CONFIG).read_text()), layer_masks(adapter, i)
+    device = next(layer.parameters()).device
+    with safe_open(adapter / WEIGHTS, framework="pt", device=str(device)) as file:
         for name in sorted(file.keys()):
             module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
-            if factor != "lora_A" or not module.startswith(f"model.layers.{layer}."):
+            prefix, _, linear = module.partition(f"model.layers.{i}.")
+            if prefix or not linear or factor != "lora_A":
                 continue
             a, b = (file.get_tensor(name.replace("lora_A", f"lora_{x}")).float() for x in "AB")
-            found[module] = scaling(config, len(a)) * (b @ a)
-            if module in masks:
-                found[module] *= unpacked(masks[module], a.shape[1])
-    return found
+            b *= scaling(config, len(a))
+            bits = masks[module].to(device) if module in masks else None
+            layer.get_submodule(linear).register_forward_hook(partial(_adapted, a, b, bits))
+
+
+def _adapted(
+    a: Tensor, b: Tensor, bits: Tensor | None, linear: nn.Module, given: tuple, output: Tensor
+) -> Tensor:
+    (x,) = given
+    if bits is None:
+        return output + F.linear(F.linear(x, a), b)
+    return output + F.linear(x, (b @ a) * unpacked(bits, a.shape[1]))
 
 
 def scaling(config: dict, r: int) -> float:

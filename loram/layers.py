@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Layers:
 
     Args:
         source: directory or hub id of a full or pruned model, not quantised.
-        updates: of a layer, what is added to the weights of its linears, by their full names.
+        adapt: called with every layer that is loaded and its number, to put an adapter on it.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class Layers:
         source: str | Path,
         *,
         device: str = "cpu",
-        updates: Callable[[int], Mapping[str, Tensor]] | None = None,
+        adapt: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         self.config = read_config(source)
         self.checkpoint = Checkpoint(source)
         self.device = torch.device(device)
-        self._updates = updates
+        self._adapt = adapt
         model = meta_model(self.config)
         self._layers, self._embed, self._norm = (
             model.model.layers,
@@ -61,10 +61,9 @@ class Layers:
         Raises:
             ValueError: NaN or Inf in a weight (named).
         """
-        name = f"model.layers.{i}"
-        layer = self._filled(self._layers[i], name).eval()
-        for linear, update in (self._updates(i) if self._updates else {}).items():
-            layer.get_submodule(linear.removeprefix(f"{name}.")).weight += update.to(self.device)
+        layer = self._filled(self._layers[i], f"model.layers.{i}").eval()
+        if self._adapt:
+            self._adapt(layer, i)
         return layer
 
     def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:

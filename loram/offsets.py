@@ -27,7 +27,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loram.adapter import layer_updates, open_adapted
+from loram.adapter import adapt_layer_, open_adapted
 from loram.by_row import INFO, ByRow, from_float8, to_float8, write_info
 from loram.layers import Layers, Spool, walk
 from loram.loss import Batch, CausalLoss
@@ -103,8 +103,8 @@ def write_offsets(
     """
     done = work / "done"
     if not (done / INFO).exists():
-        updates = partial(layer_updates, adapters[1]) if adapters else None
-        full = Layers(source, device=device, updates=updates)
+        adapt = partial(adapt_layer_, adapters[1]) if adapters else None
+        full = Layers(source, device=device, adapt=adapt)
         spool, large = Spool(work / "activations"), Spool(work / "large")
         chosen = evenly(len(full), layers)
         mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,9 +1,11 @@
 """What of a run's results on disk can be told from its recipe alone, beside copies of the model."""
 
+from itertools import pairwise
+
 from transformers import PreTrainedConfig
 
 from loram.distil import target_bytes
-from loram.offsets import offset_bytes, working_bytes
+from loram.offsets import evenly, offset_bytes, working_bytes
 from pipelines.recipe import Recipe
 
 
@@ -19,11 +21,15 @@ def offset_positions(recipe: Recipe) -> int:
     """Of the rows that have offsets: those that SFT reads, at most, and in each part of it those
     that it is evaluated on."""
     rows = recipe.sft.steps * recipe.sft.global_batch
-    return (rows + recipe.offset.parts * recipe.instruct.held_out) * recipe.sft.seq_len
+    parts = len(evenly(recipe.sft.steps, recipe.offset.parts))
+    return (rows + parts * recipe.instruct.held_out) * recipe.sft.seq_len
 
 
 def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     """What offsets take on disk at most while the last of them are found."""
-    layers, positions = recipe.offset.layers, offset_positions(recipe)
-    working = working_bytes(config, layers, -(-positions // recipe.offset.parts))
-    return offset_bytes(config, layers, positions) + working
+    layers = recipe.offset.layers
+    ends = [0, *evenly(recipe.sft.steps, recipe.offset.parts)]
+    longest = max(end - first for first, end in pairwise(ends))
+    rows = longest * recipe.sft.global_batch + recipe.instruct.held_out
+    working = working_bytes(config, layers, rows * recipe.sft.seq_len)
+    return offset_bytes(config, layers, offset_positions(recipe)) + working

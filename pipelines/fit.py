@@ -67,7 +67,8 @@ def fit(
         kept: of a pruned model, to train `adapter` on the full one at its positions alone.
         offsets: directory with those of `train` and `held_out`, for a small model in `sft`; losses
             are then near those of the large model.
-        earlier: what a training of the same that was to stop left; this one goes on from there.
+        earlier: what a training of the same that was to stop left. This one goes on from there,
+            and of its own checkpoints writes the best: with other offsets losses do not compare.
         work: keeps checkpoints, `metrics.jsonl` (a line a step: loss, lr, grad_norm, tokens,
             tokens_per_second, peak_memory ...; a line an evaluation: held_out_loss) and
             `rows-<rank>.jsonl`, the rows each worker saw at each step.
@@ -97,13 +98,15 @@ def fit(
         targets and targets.absolute(),
         kept and kept.absolute(),
         offsets and offsets.absolute(),
+        earlier and latest_checkpoint(earlier.absolute()),
         place,
         work,
         called,
     )
-    if earlier:
-        begin_from(earlier, work)
     _drop_torn_snapshot(work / RUN)
+    if earlier and not (work / RUN).exists():
+        for file in (earlier / STATE).glob("*.jsonl"):
+            shutil.copy(file, work)
     resources = {"CPU": place.cpus_per_worker, "GPU": place.gpus_per_worker}
     trainer = ray.train.torch.TorchTrainer(
         # Not `train_loop_config`: Ray's controller would import all this, too.
@@ -148,8 +151,8 @@ def fit(
 
 
 def begin_from(earlier: Path, work: Path) -> None:
-    """Make the work directory of a training that was to stop that of the one that goes on, unless
-    this one has begun."""
+    """Make the work directory of a training that was stopped that of the same one that goes on,
+    unless this one has begun."""
     if (work / RUN).exists():
         return
     copy = work.with_name(f"{work.name}.earlier")
@@ -159,9 +162,9 @@ def begin_from(earlier: Path, work: Path) -> None:
     copy.rename(work)
 
 
-def latest_adapter(stopped: Path) -> Path:
-    """The adapter as it was when a training stopped; what it wrote is its best."""
-    return max((stopped / STATE / RUN).glob("step-*/adapter"))
+def latest_checkpoint(stopped: Path) -> Path:
+    """Where a training stopped, with its `adapter`; what it wrote is its best."""
+    return max((stopped / STATE / RUN).glob("step-*"))
 
 
 def _export(job: Job, checkpoint: Path, out: Path) -> None:

@@ -148,8 +148,8 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
             if first >= train.last:
                 break
             earlier: dict[str, Step | Source] = {"earlier": found[-1]} if found else {}
-            read: dict[str, Step | Source] = {"model": model, "small": small, "pruned": pruned}
-            read |= {"instruct": instruct} | earlier
+            read: dict[str, Step | Source] = {"model": model, "small": small, "instruct": instruct}
+            read |= earlier | {"pruned": pruned} if found else {}
             wanted = imitate.OffsetsConfig(
                 recipe.offset.layers,
                 train.steps * batch,

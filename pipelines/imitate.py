@@ -21,7 +21,7 @@ from loram.offsets import evenly, write_offsets
 from loram.packing import Packed, batches, order
 from loram.plan import size
 from loram.train import TrainConfig
-from pipelines.fit import fit, latest_adapter
+from pipelines.fit import fit, latest_checkpoint
 from pipelines.place import Place
 from pipelines.step import Metrics
 
@@ -137,9 +137,9 @@ def offsets(
     *,
     model: str,
     small: Path,
-    pruned: Path,
     instruct: Path,
     earlier: Path | None = None,
+    pruned: Path | None = None,
     out: Path,
     work: Path,
     place: Place,
@@ -148,8 +148,8 @@ def offsets(
     `earlier` part of it, with the adapter that it left."""
     written = tokens = 0
     adapters = None
-    if earlier:
-        adapters = latest_adapter(earlier), work / "recovered"
+    if earlier and pruned:
+        adapters = latest_checkpoint(earlier) / "adapter", work / "recovered"
         recover(adapters[0], pruned, model, adapters[1], small if config.correct else None)
     for part in ("train", "held_out"):
         packed = Packed(instruct / part)

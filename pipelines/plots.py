@@ -9,6 +9,8 @@ from matplotlib.ticker import MaxNLocator
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  after the choice of a backend without a screen
 
+ALIGNMENT = ("align", "distil")
+
 
 def draw_losses(results: Sequence[tuple[str, float, float | None]]) -> plt.Figure:
     """A bar a row: its label, held-out loss in nats, and share of full LoRA's gain if known."""
@@ -31,8 +33,8 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]]) -> plt.Figure:
     panels = [
         (title, chosen)
         for title, chosen in (
-            ("alignment", {n: c for n, c in curves.items() if n == "align"}),
-            ("SFT", {n: c for n, c in curves.items() if n != "align"}),
+            ("alignment", {n: c for n, c in curves.items() if n in ALIGNMENT}),
+            ("SFT", {n: c for n, c in curves.items() if n not in ALIGNMENT}),
         )
         if chosen
     ]

@@ -48,6 +48,7 @@ class Job:
     targets: Path | None
     kept: Path | None
     offsets: Path | None
+    earlier: Path | None
     place: Place
     work: Path
     called: float  # Unix seconds
@@ -71,7 +72,8 @@ def work(job: Job) -> dict[str, Any]:
         masks = restrict_(model, job.kept)
     optimizer = adamw(module, config)
     latest = ray.train.get_checkpoint()
-    start = load_state(Path(latest.path), module, optimizer) if latest else 0
+    begin = Path(latest.path) if latest else job.earlier
+    start = load_state(begin, module, optimizer) if begin else 0
 
     share = config.global_batch // size
     steps = order(job.train.rows, config.steps * config.global_batch, config.seed)

@@ -1,5 +1,7 @@
 """Which steps a recipe asks for, and which of its settings reach each."""
 
+from pathlib import Path
+
 import pytest
 
 import tune.trial
@@ -69,15 +71,16 @@ def test_each_part_of_sft_has_the_offsets_of_its_rows_and_goes_on_from_the_one_b
 
 def test_a_training_that_stops_in_a_part_goes_on_in_it():
     """As rungs of a sweep and the steps of a study do."""
-    whole = trained()
+    whole, entry = trained(), Path("entry")
     for stop, part in ((1, 0), (2, 1), (3, 1)):
         rung = trained(f"sft.stop={stop}")
         assert len(rung) == part + 1 and rung[-1].config.train.stop == stop
         assert [step.key for step in rung[:part]] == [step.key for step in whole[:part]]
-        assert goes_on(rung[-1], whole[-1]) is whole[part]
         assert (rung[-1].key == whole[part].key) == (stop != 2)
-    rungs = [graph("sft.stop=2"), graph()]
-    assert goes_on(*map(sft_of, rungs)) is sft_of(rungs[1])
+        on = {whole[part].key: entry} if stop == 2 else {}
+        assert goes_on(rung[-1], whole[-1], entry) == on
+    before, after = sft_of(graph("sft.stop=2")), sft_of(graph())
+    assert goes_on(before, after, entry) == {after.key: entry}
 
 
 def test_a_trial_makes_the_offsets_of_its_rows_and_nothing_else(monkeypatch):

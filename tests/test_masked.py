@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from loram.adapter import (
     AdapterConfig,
+    adapt_layer_,
     attach,
-    layer_updates,
     merge,
     open_adapted,
     recover,
@@ -44,10 +44,15 @@ def test_trained_recovered_and_merged(family, masked, tmp_path):
     full, merged = load(base, dtype=torch.float32), load(tmp_path / "merged", dtype=torch.float32)
     assert (logits(merged) - logits(opened)).abs().max() < 1e-4
     assert (logits(merged) - logits(full)).abs().max() > 1e-3
-    moved = Layers(base, updates=partial(layer_updates, tmp_path / "recovered"))
+    moved = Layers(base, adapt=partial(adapt_layer_, tmp_path / "recovered"))
+    batch = rows(3)[0]
+    hidden = next(moved.embedded([batch]))
     for i in range(4):
-        for name, weight in moved.layer(i).named_parameters():
-            assert torch.allclose(weight, Layers(tmp_path / "merged").layer(i).get_parameter(name))
+        given = moved.arguments(i, hidden, batch)
+        after = [each.layer(i)(hidden, **given) for each in (moved, Layers(tmp_path / "merged"))]
+        assert torch.allclose(*after, atol=1e-5) and not torch.allclose(
+            after[0], Layers(base).layer(i)(hidden, **given), atol=1e-3
+        )
     trained = open_adapted(tmp_path / "packed", tmp_path / "adapter")
     assert torch.equal(logits(trained), logits(model.eval()))
     masks = {name: bits for i in range(4) for name, bits in layer_masks(pruned, i).items()}

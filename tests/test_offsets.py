@@ -1,12 +1,22 @@
 """Offsets: the small model, put where the large one is, and what trains there."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter
+from loram.adapter import (
+    AdapterConfig,
+    adapt_layer_,
+    attach,
+    open_adapted,
+    recover,
+    save_adapter,
+)
 from loram.by_row import from_float8
+from loram.layers import Layers
 from loram.loss import CausalLoss
 from loram.model import load, save
 from loram.offsets import (
@@ -113,6 +123,25 @@ def test_found_anew_they_know_the_adapter_on_both_models(family, tmp_path):
     adapted = open_adapted(small, adapters[0], dtype=torch.float32)
     stale = state(OffsetLoss(adapted, before.layers), batch | before.fetch(batch["row"]))
     assert distance(there, wanted) < 0.1 * distance(stale, wanted)
+
+
+def test_an_update_is_not_lost_in_what_16_bits_round_off_of_the_weights(tmp_path):
+    """What an adapter has learnt after a few steps is less than that."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save(tiny_model("llama").to(torch.bfloat16), base)
+    adapted = attach(load(base), AdapterConfig(r=1, dropout=0.0))
+    linear = adapted.base_model.model.model.layers[1].mlp.up_proj
+    a, b = linear.lora_A["default"].weight, linear.lora_B["default"].weight
+    b.data = torch.full_like(b, 5e-5)
+    save_adapter(adapted, adapter)
+    plain = Layers(base).layer(1)
+    moved = Layers(base, adapt=partial(adapt_layer_, adapter)).layer(1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(64, 1) @ a  # what the adapter sees
+        wanted, before = linear(x), plain.mlp.up_proj(x)
+        assert distance(moved.mlp.up_proj(x), wanted) < 0.1 * distance(before, wanted)
+        merged = plain.mlp.up_proj.weight + linear.get_delta_weight("default")
+        assert distance(F.linear(x, merged), wanted) > 0.7 * distance(before, wanted)
 
 
 def test_rounding_does_not_add_up(tmp_path):

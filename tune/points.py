@@ -9,6 +9,7 @@ from pipelines.results import Row
 from pipelines.step import Step, order
 from pipelines.store import Store
 from tune.arms import Study
+from tune.rungs import anew
 
 STAGES = {
     "score": "score",
@@ -132,8 +133,8 @@ def costs(arm: str, seed: int, sft: Step, others: Iterable[Step], store: Store) 
         # The curve of a training has that of its earlier parts.
         if step.name in STAGES and (step is sft or STAGES[step.name] != "SFT"):
             stages.setdefault(STAGES[step.name], []).append(store.record(step.slug))
-    if searched := [store.record(step.slug) for step in others]:
-        stages[SEARCH] = searched
+    if searched := [step for other in others for step in (other, *anew(other))]:
+        stages[SEARCH] = [store.record(step.slug) for step in searched]
     return [_cost(arm, stage, seed, records) for stage, records in stages.items()]
 
 

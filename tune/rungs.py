@@ -55,13 +55,21 @@ def parts(sft: Step) -> list[Step]:
     return [*(parts(earlier) if isinstance(earlier, Step) else []), sft]
 
 
-def goes_on(before: Step, sft: Step) -> Step:
-    """Of the parts of a training the one that a rung before was of: it reads the same."""
+def anew(sft: Step) -> list[Step]:
+    """The offsets that were found between its parts, which no training at another rate shares."""
+    found = [part.inputs["offsets"] for part in parts(sft)[1:]]
+    return [step for step in found if isinstance(step, Step)]
+
+
+def goes_on(before: Step, sft: Step, entry: Path) -> dict[str, Path]:
+    """For `going_on`, after a rung before that left `entry`: of the parts of a training the one
+    that this was of reads the same. If it went to that part's end, it is that part."""
 
     def reads(step: Step) -> dict[str, str]:
         return {name: node.key for name, node in step.inputs.items()}
 
-    return next(part for part in parts(sft) if reads(part) == reads(before))
+    part = next(part for part in parts(sft) if reads(part) == reads(before))
+    return {} if part.key == before.key else {part.key: entry}
 
 
 def going_on(

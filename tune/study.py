@@ -32,7 +32,7 @@ from pipelines.store import Store  # noqa: E402
 from tune import study_page, trainings  # noqa: E402
 from tune.arms import RATIOS, STUDIES, Study, ask  # noqa: E402
 from tune.points import Seen  # noqa: E402
-from tune.rungs import goes_on, going_on  # noqa: E402
+from tune.rungs import anew, goes_on, going_on, parts  # noqa: E402
 from tune.trainings import Training, evaluations, named, wanted  # noqa: E402
 
 
@@ -99,15 +99,20 @@ def _train(study: Study, planned: list[Training], here: Session) -> dict[str, st
     for stop, following in zip(study.stops, [*study.stops[1:], None], strict=True):
         now = [t for t in planned if t.stop == stop and named(t) not in lost]
         shared = [t for t in now if t.lr == study.recipe.sft.lr]
-        optional = {t.sft.key: named(t) for t in now if t not in shared}
+        optional = {
+            step.key: named(t)
+            for t in now
+            if t not in shared
+            for step in (*parts(t.sft), *anew(t.sft))
+        }
         targets = [t.sft for t in now] + evaluations(study, shared)
         lost |= _execute(targets, optional, earlier, note, here)
         before = {(t.arm, t.seed, t.lr): t.sft for t in now if named(t) not in lost}
-        earlier = {
-            goes_on(stopped, t.sft).key: here.store.entry(stopped.slug)
-            for t in planned
-            if t.stop == following and (stopped := before.get((t.arm, t.seed, t.lr)))
-        }
+        earlier = {}
+        for t in planned:
+            stopped = before.get((t.arm, t.seed, t.lr))
+            if t.stop == following and stopped:
+                earlier |= goes_on(stopped, t.sft, here.store.entry(stopped.slug))
     return lost
 
 
@@ -118,30 +123,29 @@ def _execute(
     note: Callable[[Event], None],
     here: Session,
 ) -> dict[str, str]:
-    """Make the targets side by side; without those `optional` ones, by key, that fail.
+    """Make the targets side by side; without those that need an `optional` step, by key, that
+    fails.
 
     Returns: why, by the names of these.
     """
     lost: dict[str, str] = {}
-    gone: set[str] = set()
 
     def on(event: Event) -> None:
         if event.kind == "failed" and event.step.key in optional:
             lost[optional[event.step.key]] = event.text
-            gone.add(event.step.key)
         note(event)
 
     place = here.recipe.place
     # Each training that waits for its CPUs holds processes: one waits, so that none are idle.
     at_once = place.room and place.room + 1
     while True:
-        before = len(gone)
-        kept = [step for step in targets if step.key not in gone]
+        before = len(lost)
+        kept = [step for step in targets if optional.get(step.key) not in lost]
         try:
             execute(kept, here.store, partial(going_on, earlier), place, on, at_once)
             return lost
         except (UserError, StepFailed):
-            if len(gone) == before:
+            if len(lost) == before:
                 raise
 
 

@@ -56,7 +56,7 @@ def trial(
         if step > last:
             return
         sft = sft_of(build(stopped(recipe, step), model, sources))
-        earlier = {goes_on(before, sft).key: shelf.entry(before.slug)} if before else {}
+        earlier = goes_on(before, sft, shelf.entry(before.slug)) if before else {}
         launch = partial(_training, earlier)
         try:
             execute([sft], shelf, launch, recipe.place, lambda event: None)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from pipelines.assets import home
@@ -36,7 +37,9 @@ def main() -> None:
 def report(where: Path, wall: float) -> None:
     """The line of a finished run."""
     records = [json.loads(f.read_text()) for f in (where / "store").glob("*/record.json")]
-    seconds = {r["name"]: r["seconds"] - r["metrics"].get("startup_seconds", 0) for r in records}
+    seconds: dict[str, float] = defaultdict(float)  # of all parts of a training
+    for r in records:
+        seconds[r["name"]] += r["seconds"] - r["metrics"].get("startup_seconds", 0)
     computed = sum(each for name, each in seconds.items() if name not in DATA)
     (table,) = (where / "store").glob("reports/*/table.json")
     keep(

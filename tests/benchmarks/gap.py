@@ -66,6 +66,15 @@ WAYS |= {
     for way in ("none", "general", "task")
     for n in (2, 5, 10)
 }
+WAYS |= {
+    f"task, {rows} rows, offsets 30, 2 parts": [
+        *fitted("task", rows=rows),
+        *OFF,
+        "offset.layers=30",
+        "offset.parts=2",
+    ]
+    for rows in (128, 256)
+}
 # Of these ways another row of the table than the last.
 ROWS = {"bound": "LoRA where pruning keeps", "qlora": "QLoRA"}
 PREPARING = ("compensate", "align", "targets", "distil", "offsets")
