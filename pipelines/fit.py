@@ -105,6 +105,7 @@ def fit(
     )
     _drop_torn_snapshot(work / RUN)
     if earlier and not (work / RUN).exists():
+        work.mkdir(parents=True, exist_ok=True)
         for file in (earlier / STATE).glob("*.jsonl"):
             shutil.copy(file, work)
     resources = {"CPU": place.cpus_per_worker, "GPU": place.gpus_per_worker}

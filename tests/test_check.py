@@ -59,6 +59,7 @@ def refused(capsys, tmp_path):
         ("compensate.data=web", "corpus, task, both"),
         ("distil.top=-1", "0 (none) to"),
         ("offset.layers=-1", "0 or more"),
+        ("offset.parts=0", "1 or more"),
     ],
 )
 def test_settings(refused, change, names):

@@ -1,8 +1,10 @@
 """Offsets: the small model, put where the large one is, and what trains there."""
 
+import json
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,18 @@ from loram.offsets import (
     offset_bytes,
     write_offsets,
 )
+from loram.packing import batches, order
 from loram.prune import PruneConfig, choose, prune
 from loram.sparse import pack, sparsify
 from loram.taylor import random_scores
 from loram.train import TrainConfig, train
+from pipelines import imitate
+from pipelines.fit import STATE
+from pipelines.imitate import OffsetsConfig
+from pipelines.place import Place
+from pipelines.worker import RUN
 from tests.conftest import FAMILIES, tiny_model
+from tests.rows import packed_rows
 from tests.test_distil import numbered, stumbling
 from tests.test_sparse import rows
 
@@ -239,3 +248,31 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     for row in (30, 100):
         one = torch.tensor([row])
         assert torch.equal(values(Offsets(tmp_path / "out"), one), values(once, one))
+
+
+def test_the_step_takes_the_adapter_as_it_was_at_the_end_of_the_part_before(tmp_path):
+    """Not the part's best; and the rows that come next in the order of training."""
+    base, small = small_and_large("llama", tmp_path)
+    packed = packed_rows(tmp_path / "instruct" / "train")
+    packed_rows(tmp_path / "instruct" / "held_out", documents=15)
+    earlier = tmp_path / "earlier"
+    adapted = attach(load(small, dtype=torch.float32), ADAPTER)
+    for place in (earlier, *(earlier / STATE / RUN / f"step-{n:06d}" / "adapter" for n in (2, 10))):
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.data += 0.02
+        save_adapter(adapted, place)
+    config = OffsetsConfig(layers=2, rows=12, seed=5, first=4, end=12, correct=False)
+    paths = {"model": base, "small": small, "instruct": tmp_path / "instruct", "earlier": earlier}
+    paths |= {"pruned": small, "out": tmp_path / "out", "work": tmp_path / "work"}
+    found = imitate.offsets(config, place=Place(), **paths)
+    rows = np.unique(order(packed.rows, 12, 5)[4:12])
+    info = json.loads((tmp_path / "out" / "train" / "rows.json").read_text())
+    assert info["rows"] == rows.tolist() and found["bytes"] > 0
+    adapters = earlier / STATE / RUN / "step-000010" / "adapter", tmp_path / "recovered"
+    recover(adapters[0], small, base, adapters[1])
+    given = list(batches(packed, rows, 4))
+    options = {"adapters": adapters, "dtype": torch.bfloat16}
+    wanted, _ = written(tmp_path, base, small, 2, given, **options)
+    one = torch.tensor(rows[:1])
+    assert torch.equal(values(Offsets(tmp_path / "out" / "train"), one), values(wanted, one))

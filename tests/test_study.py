@@ -15,13 +15,14 @@ from pipelines.execute import Event
 from pipelines.recipe import flat
 from pipelines.results import Row
 from pipelines.session import Session
-from pipelines.step import Source
+from pipelines.step import Source, order
 from pipelines.store import Store
 from tune import study_page
 from tune.arms import ask
 from tune.draw import picture
 from tune.draw_costs import draw_costs
 from tune.points import SEARCH, Cell, Cost, Point, Seen, means, spread
+from tune.rungs import parts
 from tune.study import _execute, main
 from tune.trainings import evaluations, named, own_best, plan, wanted
 
@@ -161,11 +162,13 @@ def test_what_cannot_be_asked_is_refused_in_one_line_before_ray(words, said, cap
 
 
 def test_a_rate_that_diverges_is_left_out_and_the_shared_one_may_not(monkeypatch):
-    study, trainings = planned("cost", methods=["stru"], rates=["9"])
+    """In any part of its training."""
+    offsets = ["offset.layers=2", "offset.parts=2"]
+    study, trainings = planned("cost", *offsets, methods=["stru"], rates=["9"])
     made = []
 
     def execute(targets, store, launch, place, on, at_once):
-        for step in targets:
+        for step in order(targets):
             if step.key in bad:
                 on(Event("failed", step, Path(), text="loss nan"))
                 raise UserError("sft: loss nan")
@@ -173,13 +176,18 @@ def test_a_rate_that_diverges_is_left_out_and_the_shared_one_may_not(monkeypatch
 
     monkeypatch.setattr("tune.study.execute", execute)
     here = SimpleNamespace(store=None, recipe=study.recipe)
-    optional = {t.sft.key: named(t) for t in trainings if t.lr == 9}
+    optional = [t for t in trainings if t.lr == 9]
     targets = [t.sft for t in trainings]
-    bad = {trainings[1].sft.key}
-    assert trainings[1].lr == 9 and trainings[1].arm.label == "LoRA"
-    lost = _execute(targets, optional, {}, lambda event: None, here)
-    assert lost == {"LoRA, rate 9, seed 0": "loss nan"}
-    assert made == [{step.key for step in targets} - bad]
+    (lora, small), ours = optional, "QLoRAM-Stru, rate 9, seed 0"
+    assert lora.arm.label == "LoRA" and len(parts(small.sft)) == 2
+    for training, key, name in (
+        (lora, lora.sft.key, "LoRA, rate 9, seed 0"),
+        (small, parts(small.sft)[0].key, ours),
+        (small, small.sft.inputs["offsets"].key, ours),
+    ):
+        bad = {key}
+        assert _execute(targets, optional, {}, lambda event: None, here) == {name: "loss nan"}
+        assert made.pop() == {step.key for step in targets} - {training.sft.key}
     bad = {trainings[0].sft.key}
     with pytest.raises(UserError, match="loss nan"):
         _execute(targets, optional, {}, lambda event: None, here)

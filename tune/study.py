@@ -74,7 +74,7 @@ def run(study: Study) -> int:
         best = trainings.own_best(study, planned, lost, store)
         chosen = [t for t in planned if t.lr in (recipe.sft.lr, best[t.arm])]
         note = here.noted(wanted(study, chosen))
-        _execute(evaluations(study, chosen), {}, {}, note, here)
+        _execute(evaluations(study, chosen), [], {}, note, here)
         points = trainings.observed(study, chosen, best, store, full)
         costs = trainings.spent(study, planned, lost, store)
         seen = Seen(study, points, costs, {arm.title: lr for arm, lr in best.items()}, lost)
@@ -99,12 +99,7 @@ def _train(study: Study, planned: list[Training], here: Session) -> dict[str, st
     for stop, following in zip(study.stops, [*study.stops[1:], None], strict=True):
         now = [t for t in planned if t.stop == stop and named(t) not in lost]
         shared = [t for t in now if t.lr == study.recipe.sft.lr]
-        optional = {
-            step.key: named(t)
-            for t in now
-            if t not in shared
-            for step in (*parts(t.sft), *anew(t.sft))
-        }
+        optional = [t for t in now if t not in shared]
         targets = [t.sft for t in now] + evaluations(study, shared)
         lost |= _execute(targets, optional, earlier, note, here)
         before = {(t.arm, t.seed, t.lr): t.sft for t in now if named(t) not in lost}
@@ -118,21 +113,21 @@ def _train(study: Study, planned: list[Training], here: Session) -> dict[str, st
 
 def _execute(
     targets: list[Step],
-    optional: Mapping[str, str],
+    optional: list[Training],
     earlier: Mapping[str, Path],
     note: Callable[[Event], None],
     here: Session,
 ) -> dict[str, str]:
-    """Make the targets side by side; without those that need an `optional` step, by key, that
-    fails.
+    """Make the targets side by side; without the `optional` trainings that fail.
 
     Returns: why, by the names of these.
     """
     lost: dict[str, str] = {}
+    names = {step.key: named(t) for t in optional for step in (*parts(t.sft), *anew(t.sft))}
 
     def on(event: Event) -> None:
-        if event.kind == "failed" and event.step.key in optional:
-            lost[optional[event.step.key]] = event.text
+        if event.kind == "failed" and event.step.key in names:
+            lost[names[event.step.key]] = event.text
         note(event)
 
     place = here.recipe.place
@@ -140,7 +135,7 @@ def _execute(
     at_once = place.room and place.room + 1
     while True:
         before = len(lost)
-        kept = [step for step in targets if optional.get(step.key) not in lost]
+        kept = [step for step in targets if names.get(step.key) not in lost]
         try:
             execute(kept, here.store, partial(going_on, earlier), place, on, at_once)
             return lost
