@@ -60,7 +60,12 @@ def ray_launch(
     any of Ray's wrappings.
     """
     task = ray.remote(_alone).options(
-        name=step.slug, num_cpus=step.cpus, num_gpus=step.gpus, max_retries=1
+        name=step.slug,
+        num_cpus=step.cpus,
+        num_gpus=step.gpus,
+        max_retries=1,
+        # A trial of a sweep has a placement group without CPUs, in which nothing else would fit.
+        scheduling_strategy="DEFAULT" if step.cpus or step.gpus else None,
     )
     ref = task.remote(step, inputs, out.absolute(), work.absolute(), place)
     future: Future[Metrics] = Future()
