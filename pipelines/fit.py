@@ -151,18 +151,6 @@ def fit(
     }
 
 
-def begin_from(earlier: Path, work: Path) -> None:
-    """Make the work directory of a training that was stopped that of the same one that goes on,
-    unless this one has begun."""
-    if (work / RUN).exists():
-        return
-    copy = work.with_name(f"{work.name}.earlier")
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(earlier / STATE, copy)
-    shutil.rmtree(work, ignore_errors=True)
-    copy.rename(work)
-
-
 def latest_checkpoint(stopped: Path) -> Path:
     """Where a training stopped, with its `adapter`; what it wrote is its best."""
     return max((stopped / STATE / RUN).glob("step-*"))

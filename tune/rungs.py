@@ -7,17 +7,19 @@ same bytes as training in one go.
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from loram.train import TrainConfig
-from pipelines.fit import begin_from
+from pipelines.fit import STATE
 from pipelines.graph import Graph
 from pipelines.launch import ray_launch
 from pipelines.recipe import Recipe
 from pipelines.step import Metrics, Step
+from pipelines.worker import RUN
 
 FACTOR = 2  # of the trials at a rung, one in so many goes on
 
@@ -85,9 +87,13 @@ def going_on(
     Args:
         earlier: the entry of the rung before, by the key of the training that goes on from it.
     """
-    if step.key in earlier:
+    if step.key in earlier and not (work / RUN).exists():
+        copy = work.with_name(f"{work.name}.earlier")
         try:
-            begin_from(earlier[step.key], work)
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(earlier[step.key] / STATE, copy)
+            shutil.rmtree(work, ignore_errors=True)
+            copy.rename(work)
         except OSError as error:
             lost: Future[Metrics] = Future()
             lost.set_exception(error)
