@@ -49,7 +49,8 @@ try:
     said = "made"
 except UserError as error:
     said = str(error)
-done = sorted(file.name for file in (store.work(step.slug) / "done").glob("model-layers-*s"))
+layers = Place().spool(store.work(step.slug)) / "done"
+done = sorted(file.name for file in layers.glob("model-layers-*s"))
 print(json.dumps([said, done, store.flaw(step.slug, step.key)]))
 """
 
