@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class OffsetConfig:
 
     layers: int = 0
     parts: int = 1
+
+    def spans(self, steps: int) -> list[tuple[int, int]]:
+        """Steps before each part of so many, and at its end."""
+        return list(pairwise([0, *evenly(steps, self.parts)]))
 
 
 def evenly(count: int, parts: int) -> list[int]:

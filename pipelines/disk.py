@@ -1,11 +1,9 @@
 """What of a run's results on disk can be told from its recipe alone, beside copies of the model."""
 
-from itertools import pairwise
-
 from transformers import PreTrainedConfig
 
 from loram.distil import target_bytes
-from loram.offsets import evenly, offset_bytes, working_bytes
+from loram.offsets import offset_bytes, working_bytes
 from pipelines.recipe import Recipe
 
 
@@ -21,15 +19,14 @@ def offset_positions(recipe: Recipe) -> int:
     """Of the rows that have offsets: those that SFT reads, at most, and in each part of it those
     that it is evaluated on."""
     rows = recipe.sft.steps * recipe.sft.global_batch
-    parts = len(evenly(recipe.sft.steps, recipe.offset.parts))
+    parts = len(recipe.offset.spans(recipe.sft.steps))
     return (rows + parts * recipe.instruct.held_out) * recipe.sft.seq_len
 
 
 def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     """What offsets take on disk at most while the last of them are found."""
     layers = recipe.offset.layers
-    ends = [0, *evenly(recipe.sft.steps, recipe.offset.parts)]
-    longest = max(end - first for first, end in pairwise(ends))
+    longest = max(end - first for first, end in recipe.offset.spans(recipe.sft.steps))
     rows = longest * recipe.sft.global_batch + recipe.instruct.held_out
     working = working_bytes(config, layers, rows * recipe.sft.seq_len)
     return offset_bytes(config, layers, offset_positions(recipe)) + working

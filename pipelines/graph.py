@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
-from loram.offsets import evenly
 from loram.prune import STRUCTURED
 from pipelines import imitate, steps
 from pipelines.corpus import build_corpus, build_instruct
@@ -144,7 +142,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         """SFT with offsets: one training after another, each with those of its rows."""
         train, batch = config.train, config.train.global_batch
         found: list[Step] = []
-        for first, end in pairwise([0, *evenly(train.steps, recipe.offset.parts)]):
+        for first, end in recipe.offset.spans(train.steps):
             if first >= train.last:
                 break
             earlier: dict[str, Step | Source] = {"earlier": found[-1]} if found else {}
