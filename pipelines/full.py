@@ -118,7 +118,7 @@ def _write_report(
         out,
         rows,
         curves,
-        [(record["name"], record["key"][:12], record["seconds"]) for record in records],
+        records,
         flat(recipe),
         records[0]["libraries"],
     )

@@ -73,7 +73,7 @@ def write(
     out: Path,
     rows: list[Row],
     curves: dict[str, list[dict[str, Any]]],
-    steps: list[tuple[str, str, float]],
+    records: list[dict[str, Any]],
     recipe: dict[str, Any],
     versions: dict[str, str],
 ) -> None:
@@ -81,7 +81,7 @@ def write(
 
     Args:
         curves: by name of the training step, its `metrics.jsonl`.
-        steps: name, key and seconds of every step, in order.
+        records: of every step, in order.
         recipe: flat resolved recipe.
     """
     (out / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -96,9 +96,16 @@ def write(
         + paragraphs(notes(rows))
         + images
         + "<h2>Steps</h2>"
-        + html_table(["step", "key", "seconds"], [[n, k, f"{s:,.1f}"] for n, k, s in steps])
+        + html_table(["step", "key", "seconds", "of it start-up"], [_spent(r) for r in records])
     )
     write_page(out, f"LoRAM: {recipe['name']}", found, recipe, versions)
+
+
+def _spent(record: dict[str, Any]) -> list[str]:
+    """A training waits for its turn and its processes before its first optimiser step."""
+    startup = record["metrics"].get("startup_seconds")
+    shown = "" if startup is None else f"{startup:,.1f}"
+    return [record["name"], record["key"][:12], f"{record['seconds']:,.1f}", shown]
 
 
 STYLE = """

@@ -56,13 +56,17 @@ def test_page_holds_everything_and_loads_nothing(tmp_path):
         tmp_path,
         ROWS,
         {"align": curve, "sft": curve, "sft_lora": curve},
-        [("prune", "0123456789ab", 3.2)],
+        [
+            {"name": "prune", "key": "0123456789abcdef", "seconds": 3.2, "metrics": {}},
+            {"name": "sft", "key": "ab", "seconds": 50.0, "metrics": {"startup_seconds": 31.4}},
+        ],
         {"name": "<small>", "sft.lr": 1e-3},
         {"torch": "2.13.0"},
     )
     page = (tmp_path / "report.html").read_text()
     for text in ("QLoRAM-Stru, large", "40 %", "&lt;small&gt;", "0123456789ab", "torch", "sft.lr"):
         assert text in page
+    assert "<td>50.0</td><td>31.4</td>" in page and "<td>3.2</td><td></td>" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="data:' in page
     assert json.loads((tmp_path / "table.json").read_text())[2]["share"] == 0.4
     for name in ("losses", "curves"):
