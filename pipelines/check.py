@@ -17,7 +17,7 @@ from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
 from pipelines import tracking
 from pipelines.assets import home
-from pipelines.disk import distil_bytes, offsets_bytes
+from pipelines.disk import known_bytes
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.sources import peek
 
@@ -33,8 +33,7 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    known = distil_bytes(recipe, config) + offsets_bytes(recipe, config)
-    check_store(store, config, known)
+    check_store(store, config, known_bytes(recipe, config))
     tokenizer = check_model(recipe.model)
     for setting, sources, kind in (
         ("corpus.sources", recipe.corpus.sources, Corpus),

@@ -18,15 +18,26 @@ def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
 def offset_positions(recipe: Recipe) -> int:
     """Of the rows that have offsets: those that SFT reads, at most, and in each part of it those
     that it is evaluated on."""
-    rows = recipe.sft.steps * recipe.sft.global_batch
-    parts = len(recipe.offset.spans(recipe.sft.steps))
-    return (rows + parts * recipe.instruct.held_out) * recipe.sft.seq_len
+    return sum(_part_positions(recipe))
 
 
-def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """What offsets take on disk at most while the last of them are found."""
-    layers = recipe.offset.layers
-    longest = max(end - first for first, end in recipe.offset.spans(recipe.sft.steps))
-    rows = longest * recipe.sft.global_batch + recipe.instruct.held_out
-    working = working_bytes(config, layers, rows * recipe.sft.seq_len)
-    return offset_bytes(config, layers, offset_positions(recipe)) + working
+def offsets_bytes(recipe: Recipe, config: PreTrainedConfig, trainings: int = 1) -> int:
+    """What offsets take on disk at most while the last of them are found.
+
+    Args:
+        trainings: how many of one small model, which have the offsets of the first part alike.
+    """
+    layers, (first, *later) = recipe.offset.layers, _part_positions(recipe)
+    kept = offset_bytes(config, layers, first + trainings * sum(later))
+    return kept + working_bytes(config, layers, max(first, *later, 0))
+
+
+def known_bytes(recipe: Recipe, config: PreTrainedConfig, trainings: int = 1) -> int:
+    """Of all that the large model makes of rows."""
+    return distil_bytes(recipe, config) + offsets_bytes(recipe, config, trainings)
+
+
+def _part_positions(recipe: Recipe) -> list[int]:
+    sft = recipe.sft
+    rows = [sft.global_batch * (end - first) for first, end in recipe.offset.spans(sft.steps)]
+    return [sft.seq_len * (each + recipe.instruct.held_out) for each in rows]
