@@ -24,7 +24,6 @@ def main(words: list[str] | None = None) -> int:
     verb.add_argument("pruned", type=Path, help="the pruned model directory")
     verb.add_argument("base", help="the full model, a directory or a hub id")
     verb.add_argument("out", type=Path)
-    verb.add_argument("--small", type=Path, help="what it was trained on, to correct for changes")
     verb = verbs.add_parser("merge", help="write a model with the adapter added to its weights")
     verb.add_argument("base")
     verb.add_argument("adapter", type=Path)
@@ -49,8 +48,7 @@ def main(words: list[str] | None = None) -> int:
         if options.out.exists():
             refuse("out", f"{options.out}, which exists", "a directory to be made")
         if options.verb == "recover":
-            adapter, small = _adapter(options.adapter), options.small
-            recover(adapter, options.pruned, options.base, options.out, small)
+            recover(_adapter(options.adapter), options.pruned, options.base, options.out)
         else:
             merge(options.base, _adapter(options.adapter), options.out)
     except UserError as error:

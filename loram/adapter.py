@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loram.correct import Changes, corrected
 from loram.errors import refuse
 from loram.kept import Kept
 from loram.masked import PEFT_TYPE, MaskedLora, save_masks, set_masks_
@@ -107,9 +105,7 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def recover(
-    adapter: Path, pruned: Path, base: str | Path, out: Path, small: Path | None = None
-) -> None:
+def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     """Re-shape an adapter of the pruned model so that it fits the full model.
 
     The factor that shares the cut dimension (lora_B rows of q, k, v, gate, up; lora_A columns of
@@ -120,9 +116,7 @@ def recover(
     Args:
         adapter: PEFT adapter directory trained on the pruned model.
         pruned: directory with the `kept.safetensors` of that model.
-        base: the full model, a directory or a hub id; without `small` only its config is read.
-        small: the directory that the adapter was trained on, to correct the adapter for weights
-            that alignment, SparseGPT or NF4 changed (`loram.correct`).
+        base: the full model, a directory or a hub id; only its config is read.
 
     Raises:
         UserError: an adapter that is not plain LoRA, or that does not fit the pruned model.
@@ -130,34 +124,22 @@ def recover(
     adapter, out = Path(adapter), Path(out)
     config = json.loads((adapter / CONFIG).read_text())
     refuse_unless_plain(config)
-    if small and config["peft_type"] == PEFT_TYPE:
-        refuse("correct", "true with adapter.masked", "one of the two")
     slices = Kept.load(pruned).slices(read_config(base))
-    changes = Changes(base, small, slices) if small else None
     tensors: dict[str, Tensor] = {}
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
-        for module, names in groupby(sorted(file.keys()), lambda name: name.rsplit(".", 2)[0]):
-            named = {name.rsplit(".", 2)[1]: name for name in names}
-            factors = {factor: file.get_tensor(name) for factor, name in named.items()}
-            full_name = module.removeprefix("base_model.model.")
-            cut = slices.get(full_name)
-            if cut:
-                cut_factor = ("lora_B", "lora_A")[cut.dim]
-                shape = factors[cut_factor].shape
-                if shape[cut.dim] != len(cut.index):
+        for name in file.keys():  # noqa: SIM118  not a dict
+            tensor = file.get_tensor(name)
+            module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+            cut = slices.get(module)
+            if cut and factor == ("lora_B", "lora_A")[cut.dim]:
+                if tensor.shape[cut.dim] != len(cut.index):
                     refuse(
                         "adapter",
-                        f"{module}.{cut_factor} of shape {tuple(shape)}",
+                        f"{module}.{factor} of shape {tuple(tensor.shape)}",
                         f"{len(cut.index)} along dim {cut.dim}, as the pruned model in {pruned}",
                     )
-            change = changes.of(full_name) if changes else None
-            if change is not None:
-                a, b = factors["lora_A"], factors["lora_B"]
-                scale = scaling(config, len(a))
-                factors["lora_A"], factors["lora_B"] = corrected(a, b, change, scale)
-            if cut:
-                factors[cut_factor] = cut.put(factors[cut_factor])
-            tensors |= {named[factor]: tensor for factor, tensor in factors.items()}
+                tensor = cut.put(tensor)
+            tensors[name] = tensor
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     config |= {"base_model_name_or_path": str(base), "inference_mode": True}
@@ -180,7 +162,7 @@ def adapt_layer_(adapter: Path, layer: nn.Module, i: int) -> None:
             if prefix or not linear or factor != "lora_A":
                 continue
             a, b = (file.get_tensor(name.replace("lora_A", f"lora_{x}")).float() for x in "AB")
-            b *= scaling(config, len(a))
+            b *= _scaling(config, len(a))
             bits = masks[module].to(device) if module in masks else None
             layer.get_submodule(linear).register_forward_hook(partial(_adapted, a, b, bits))
 
@@ -194,14 +176,14 @@ def _adapted(
     return output + F.linear(x, (b @ a) * unpacked(bits, a.shape[1]))
 
 
-def scaling(config: dict, r: int) -> float:
+def _scaling(config: dict, r: int) -> float:
     """s, the factor before lora_B @ lora_A.
 
     Raises:
         UserError: another one for each module.
     """
     if config.get("alpha_pattern"):
-        refuse("adapter alpha_pattern", config["alpha_pattern"], "none where it is corrected")
+        refuse("adapter alpha_pattern", config["alpha_pattern"], "none")
     return config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
 
 

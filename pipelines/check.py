@@ -17,7 +17,7 @@ from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
 from pipelines import tracking
 from pipelines.assets import home
-from pipelines.disk import known_bytes
+from pipelines.disk import distil_bytes, offsets_bytes
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.sources import peek
 
@@ -33,7 +33,8 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    check_store(store, config, known_bytes(recipe, config))
+    known = distil_bytes(recipe, config) + offsets_bytes(recipe, config)
+    check_store(store, config, known)
     tokenizer = check_model(recipe.model)
     for setting, sources, kind in (
         ("corpus.sources", recipe.corpus.sources, Corpus),
@@ -56,8 +57,6 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     if config.model_type.startswith("loram_"):
         refuse("model", f"{recipe.model}, a pruned model", "the full model that it was cut from")
     _check_pruning(config, recipe.prune, recipe.adapter.masked)
-    if recipe.correct and recipe.adapter.masked:
-        refuse("correct", "true with adapter.masked", "one of the two")
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     _check_compensation(config, recipe.compensate)

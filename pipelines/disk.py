@@ -21,20 +21,11 @@ def offset_positions(recipe: Recipe) -> int:
     return sum(_part_positions(recipe))
 
 
-def offsets_bytes(recipe: Recipe, config: PreTrainedConfig, trainings: int = 1) -> int:
-    """What offsets take on disk at most while the last of them are found.
-
-    Args:
-        trainings: how many of one small model, which have the offsets of the first part alike.
-    """
-    layers, (first, *later) = recipe.offset.layers, _part_positions(recipe)
-    kept = offset_bytes(config, layers, first + trainings * sum(later))
-    return kept + working_bytes(config, layers, max(first, *later, 0))
-
-
-def known_bytes(recipe: Recipe, config: PreTrainedConfig, trainings: int = 1) -> int:
-    """Of all that the large model makes of rows."""
-    return distil_bytes(recipe, config) + offsets_bytes(recipe, config, trainings)
+def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """What offsets take on disk at most while the last of them are found."""
+    layers, positions = recipe.offset.layers, _part_positions(recipe)
+    kept = offset_bytes(config, layers, sum(positions))
+    return kept + working_bytes(config, layers, max(positions))
 
 
 def _part_positions(recipe: Recipe) -> list[int]:

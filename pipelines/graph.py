@@ -154,7 +154,6 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
                 train.seed,
                 first * batch,
                 end * batch,
-                recipe.correct and bool(found),
             )
             offsets = heavy("offsets", imitate.offsets, wanted, read)
             stop = train.stop if end == train.steps else min(end, train.last)
@@ -183,8 +182,6 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         variants.append(Variant("QLoRA", evaluate("qlora", nf4, qlora), qlora, nf4))
     adapter = sft("sft", small)
     parts: dict[str, Step | Source] = {"adapter": adapter, "pruned": pruned, "base": model}
-    if recipe.correct:
-        parts["small"] = small
     recovered = Step("recover", steps.recover, steps.Empty(), parts)
     ours = "QLoRAM" if recipe.nf4 else "LoRAM"
     ours += "-" + recipe.prune.method.capitalize()

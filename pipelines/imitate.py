@@ -122,14 +122,13 @@ def distil(
 @dataclass(frozen=True)
 class OffsetsConfig:
     """layers: as in `OffsetConfig`. rows, seed: as in `TargetsConfig`, of SFT; of these rows in
-    their order from `first` to before `end`. correct: as in the recipe."""
+    their order from `first` to before `end`."""
 
     layers: int
     rows: int
     seed: int
     first: int
     end: int
-    correct: bool
 
 
 def offsets(
@@ -150,7 +149,7 @@ def offsets(
     adapters = None
     if earlier and pruned:
         adapters = latest_checkpoint(earlier) / "adapter", work / "recovered"
-        recover(adapters[0], pruned, model, adapters[1], small if config.correct else None)
+        recover(adapters[0], pruned, model, adapters[1])
     for part in ("train", "held_out"):
         packed = Packed(instruct / part)
         ids = np.arange(packed.rows)

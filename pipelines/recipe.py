@@ -71,7 +71,6 @@ class Recipe:
         nf4: QLoRAM: quantise the pruned and aligned model before SFT.
         distil: align towards the large model's answers instead of the next token.
         offset: put the small model's residual stream where the full one's is, in SFT.
-        correct: correct the recovered adapter for weights that alignment, SparseGPT or NF4 changed.
         compare: what to train on the full model beside LoRAM: `lora`; `qlora`; `bound`, LoRA at the
             positions that pruning keeps alone.
         store, tracking: directory of results and MLflow server; empty for the default ones.
@@ -91,7 +90,6 @@ class Recipe:
     offset: OffsetConfig = OffsetConfig()
     adapter: AdapterConfig = AdapterConfig()
     sft: TrainConfig = TrainConfig(steps=400, lr=1e-3)
-    correct: bool = False
     compare: tuple[str, ...] = ("lora",)
     place: Place = Place()
     store: str = ""

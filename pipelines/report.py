@@ -102,7 +102,8 @@ def write(
 
 
 def _spent(record: dict[str, Any]) -> list[str]:
-    """A training waits for its turn and its processes before its first optimiser step."""
+    """A training waits for its turn and its processes before its first optimiser step, or its
+    first after a lost worker."""
     startup = record["metrics"].get("startup_seconds")
     shown = "" if startup is None else f"{startup:,.1f}"
     return [record["name"], record["key"][:12], f"{record['seconds']:,.1f}", shown]

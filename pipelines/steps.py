@@ -190,14 +190,12 @@ def recover(
     adapter: Path,
     pruned: Path,
     base: str,
-    small: Path | None = None,
     out: Path,
     work: Path,
     place: Place,
 ) -> Metrics:
-    """Re-shape the adapter of the small model for the large one (paper, section 3.4), and correct
-    it for the weights of `small`, the model that it was trained on, that were changed."""
-    loram.adapter.recover(adapter, pruned, base, out, small)
+    """Re-shape the adapter of the small model for the large one (paper, section 3.4)."""
+    loram.adapter.recover(adapter, pruned, base, out)
     return {"bytes": sum(file.stat().st_size for file in out.iterdir())}
 
 

@@ -68,7 +68,6 @@ def test_settings(refused, change, names):
 
 def test_settings_that_exclude_each_other(refused):
     assert "align.steps" in refused("distil.top=32", "align.steps=0")
-    assert "adapter.masked" in refused("prune.method=semi", "adapter.masked=true", "correct=true")
     assert "bound with prune.method unst" in refused("prune.method=unst", 'compare=["bound"]')
 
 

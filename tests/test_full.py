@@ -90,10 +90,10 @@ def test_first_run_then_a_changed_learning_rate(user):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_compensated_distilled_and_corrected(user):
-    """Every way to close the gap in one run, with the bound beside it; NF4."""
+def test_every_way_to_close_the_gap(user):
+    """In one run, with the bound beside them; NF4."""
     words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
-    words += ["distil.top=32", "correct=true", 'compare=["lora","bound"]']
+    words += ["distil.top=32", 'compare=["lora","bound"]']
     words += ["offset.layers=2", "offset.parts=2"]
     log = user("test", *words)
     wanted = {"compensate", "targets", "distil", "quantise", "offsets", "sft_bound", "recover"}
@@ -111,7 +111,6 @@ def test_compensated_distilled_and_corrected(user):
     assert not {"offsets", "earlier"} & records["sft_bound"]["inputs"].keys()
     curves = Path(report.parent / "report.html").read_text()
     assert curves.count("<td>sft</td>") == curves.count("<td>offsets</td>") == 2
-    assert len(records["recover"]["inputs"]) == 4
     adapter = Path(re.search(r"recovered adapter +(\S+)", log).group(1))
     base = AutoModelForCausalLM.from_pretrained(home() / "assets" / "tiny-llama")
     assert PeftModel.from_pretrained(base, adapter)

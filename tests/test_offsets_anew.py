@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from loram.adapter import AdapterConfig, adapt_layer_, attach, open_adapted, recover, save_adapter
+from loram.errors import UserError
 from loram.layers import Layers
 from loram.loss import CausalLoss
 from loram.model import load, save
@@ -70,6 +71,18 @@ def test_an_update_is_not_lost_in_what_16_bits_round_off_of_the_weights(tmp_path
         assert distance(F.linear(x, merged), wanted) > 0.7 * distance(before, wanted)
 
 
+def test_an_adapter_with_several_scales_is_refused(tmp_path):
+    adapter = tmp_path / "adapter"
+    model = tiny_model("llama")
+    save(model, tmp_path / "base")
+    save_adapter(attach(model, ADAPTER), adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {"q_proj": 3}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="alpha_pattern"):
+        Layers(tmp_path / "base", adapt=partial(adapt_layer_, adapter)).layer(1)
+
+
 def test_the_step_takes_the_adapter_as_it_was_at_the_end_of_the_part_before(tmp_path):
     """Not the part's best; and the rows that come next in the order of training."""
     base, small = small_and_large("llama", tmp_path)
@@ -82,7 +95,7 @@ def test_the_step_takes_the_adapter_as_it_was_at_the_end_of_the_part_before(tmp_
             if "lora_B" in name:
                 weight.data += 0.02
         save_adapter(adapted, place)
-    config = OffsetsConfig(layers=2, rows=12, seed=5, first=4, end=12, correct=False)
+    config = OffsetsConfig(layers=2, rows=12, seed=5, first=4, end=12)
     paths = {"model": base, "small": small, "instruct": tmp_path / "instruct", "earlier": earlier}
     paths |= {"pruned": small, "out": tmp_path / "out", "work": tmp_path / "work"}
     found = imitate.offsets(config, place=Place(), **paths)

@@ -111,7 +111,6 @@ def test_a_stopped_trial_is_a_recipe_and_a_finished_one_the_ordinary_recipe():
         (["sft.stop=1,2"], "sft.stop"),
         (["tracking=http://127.0.0.1:9", "prune.ratio=0.5,0.25"], "tracking"),
         (["store=/dev/null/store", "prune.ratio=0.5,0.25"], "not writable"),
-        (["offset.layers=2", "offset.parts=2", "--trials", "1000000000"], "GB free"),
     ],
 )
 def test_what_could_not_run_is_refused_before_ray_starts(words, names, capsys, tmp_path):

@@ -21,8 +21,7 @@ from loram.errors import UserError  # noqa: E402
 from loram.plan import size  # noqa: E402
 from loram.prune import METHODS  # noqa: E402
 from pipelines.assets import home  # noqa: E402
-from pipelines.check import check, check_store  # noqa: E402
-from pipelines.disk import known_bytes  # noqa: E402
+from pipelines.check import check  # noqa: E402
 from pipelines.execute import Event, StepFailed, execute  # noqa: E402
 from pipelines.launch import start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
@@ -63,13 +62,8 @@ def run(study: Study) -> int:
     """Check, train, evaluate, report."""
     recipe = study.recipe
     store = Store(Path(recipe.store or home() / "store").absolute())
-    known = 0
     for arm in study.arms:
-        config = check(arm.recipe, store.root)
-        if not arm.full:
-            known += len(study.seeds) * known_bytes(arm.recipe, config, len(study.candidates))
-    check_store(store.root, config, known)
-    full = size(config)
+        full = size(check(arm.recipe, store.root))
     planned = trainings.plan(study, *locate(recipe, store.root / "digests"))
     methods = sorted({arm.recipe.prune.method for arm in study.arms if not arm.full})
     tags = {"study": study.name, "variant": ",".join(methods), "stage": "study"}

@@ -24,8 +24,7 @@ from loram.errors import UserError, refuse  # noqa: E402
 from loram.plan import Size, size  # noqa: E402
 from pipelines import results  # noqa: E402
 from pipelines.assets import home  # noqa: E402
-from pipelines.check import check, check_settings, check_store  # noqa: E402
-from pipelines.disk import known_bytes  # noqa: E402
+from pipelines.check import check, check_settings  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.launch import ray_launch, start_ray  # noqa: E402
@@ -76,11 +75,8 @@ def run(plan: Plan) -> int:
     store = Store(Path(recipe.store or home() / "store").absolute())
     for each in plan.space.recipes():
         config = check(each, store.root)
-    known = 0  # at most, of a group
     for each in plan.space.recipes_within():
         check_settings(each, config)
-        known = max(known, known_bytes(each, config, plan.trials))
-    check_store(store.root, config, len(plan.space.combinations()) * known)
     full = size(config)
     if not os.environ.get("RAY_ADDRESS"):
         capacity(recipe.place, plan.concurrent, {"CPU": os.cpu_count() or 1, "GPU": device_count()})

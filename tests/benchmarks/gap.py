@@ -5,9 +5,8 @@
 
 The recipe `small`, in 16 bits or 4, on the shared store: base, full LoRA, scores and cuts are made
 once; while a step of one cell starts, one of another computes. `none` is the method without
-alignment, `align` the paper's. Cells that results.jsonl has are not run again. Where weights were
-changed each way is run with and without the correction of the recovered adapter; elsewhere that
-does nothing. `bound` is LoRA on the full model at the kept positions, `qlora` QLoRA on it.
+alignment, `align` the paper's. Cells that results.jsonl has are not run again. `bound` is LoRA on
+the full model at the kept positions, `qlora` QLoRA on it.
 """
 
 import argparse
@@ -106,16 +105,13 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
         for ratio, way in product([None] if sparse else options.ratios, options.ways):
             if way == "bound" and sparse:
                 continue
-            moved = (sparse or ALIGN[0] in WAYS[way] or options.nf4) and way not in ROWS
-            for correct in (False, True) if moved else (False,):
-                cell = {"method": method, "ratio": ratio, "nf4": options.nf4, "way": way}
-                cell |= {"correct": correct, "sft_steps": options.sft_steps, "seed": seed}
-                yield cell | {"gpu": options.gpu}
+            cell = {"method": method, "ratio": ratio, "nf4": options.nf4, "way": way}
+            yield cell | {"sft_steps": options.sft_steps, "seed": seed, "gpu": options.gpu}
 
 
 def table(**chosen: object) -> str:
     """What results.jsonl has, as Markdown: share of gain in % / perplexity out of domain, means and
-    deviations over seeds; in brackets with the correction."""
+    deviations over seeds."""
     found = kept("gap", **chosen)
     models = list(dict.fromkeys((line["method"], line["ratio"]) for line in found))
     models.sort(key=lambda model: (["stru", "rand", "semi", "unst"].index(model[0]), model[1]))
@@ -135,9 +131,7 @@ def table(**chosen: object) -> str:
         for model in models:
             mine = [line for line in found if (line["method"], line["ratio"]) == model]
             mine = [line for line in mine if line["way"] == way]
-            plain, corrected = ([x for x in mine if x["correct"] == c] for c in (False, True))
-            row.append(cell(plain) if plain else "")
-            row[-1] += f" ({cell(corrected)})" if corrected else ""
+            row.append(cell(mine) if mine else "")
         if any(row[1:]):
             rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -145,7 +139,7 @@ def table(**chosen: object) -> str:
 
 def run(cell: dict) -> None:
     """What is missing of the cell's steps, and its line."""
-    changes = [f"prune.method={cell['method']}", f"correct={json.dumps(cell['correct'])}"]
+    changes = [f"prune.method={cell['method']}"]
     changes += [f"prune.ratio={cell['ratio']}"] if cell["ratio"] else []
     changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
     changes += [
