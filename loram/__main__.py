@@ -1,14 +1,17 @@
 """From a shell: `python -m loram recover | merge | generate`."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
-from loram.adapter import merge, open_adapted, recover
-from loram.data import load_tokenizer
-from loram.errors import UserError, refuse
-from loram.evaluate import generate
-from loram.model import load
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
+
+from loram.adapter import merge, open_adapted, recover  # noqa: E402
+from loram.data import load_tokenizer  # noqa: E402
+from loram.errors import UserError, refuse  # noqa: E402
+from loram.evaluate import generate  # noqa: E402
+from loram.model import load  # noqa: E402
 
 
 def main(words: list[str] | None = None) -> int:
