@@ -127,7 +127,7 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     slices = Kept.load(pruned).slices(read_config(base))
     tensors: dict[str, Tensor] = {}
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  not a dict
+        for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
             module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
             cut = slices.get(module)

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from loram.adapter import attach, save_adapter
+from loram.adapter import attach, open_adapted, save_adapter
 from loram.data import load_tokenizer
 from loram.evaluate import generate
 from loram.model import load
@@ -36,16 +36,16 @@ def test_recover_merge_and_generate(tmp_path):
     for words in (("recover", *made), ("merge", TINY, made[-1], tmp_path / "merged")):
         done = shell(*words)
         assert (done.returncode, done.stdout) == (0, "") and "gemm_4bit" not in done.stderr
+    before, merged = (load(path).state_dict() for path in (TINY, tmp_path / "merged"))
+    assert not torch.equal(*(w["model.layers.1.mlp.up_proj.weight"] for w in (before, merged)))
     messages = [{"role": "user", "content": "2 + 2?"}]
-    answer = generate(load(tmp_path / "merged"), load_tokenizer(TINY), messages, max_new_tokens=8)
-    said = shell("generate", tmp_path / "merged", "2 + 2?", "--max-new-tokens", "8")
+    adapted = open_adapted(TINY, made[-1])
+    answer = generate(adapted, load_tokenizer(TINY), messages, max_new_tokens=8)
+    said = shell("generate", TINY, "2 + 2?", "--adapter", made[-1], "--max-new-tokens", "8")
     assert said.returncode == 0 and said.stdout == f"{answer}\n"
-    again = shell("recover", *made)
+    again, found = shell("recover", *made), f"{made[-1]}, which exists"
     assert again.returncode == 2
-    assert (
-        again.stderr
-        == f"error: out: found {made[-1]}, which exists; accepted: a directory to be made\n"
-    )
+    assert again.stderr == f"error: out: found {found}; accepted: a directory to be made\n"
 
 
 def test_an_adapter_that_is_not_one_is_refused_in_one_line(tmp_path):
