@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loram.loss import Batch
+from loram.loss import Batch, next_token_loss
 from loram.model import read_config
 from loram.pruned import meta_model
 from loram.shards import Checkpoint, finite
@@ -130,7 +130,11 @@ class Spool:
         partial.rename(self.directory / name)
 
     def read(self, name: str, number: int) -> Tensor:
-        return load_file(self.directory / name / f"{number:06d}.safetensors")["x"]
+        """What `write` wrote of a batch."""
+        return self.read_several(name, number)["x"]
+
+    def read_several(self, name: str, number: int) -> Batch:
+        return load_file(self.directory / name / f"{number:06d}.safetensors")
 
     def names(self) -> set[str]:
         return {path.name for path in self.directory.glob("*") if path.suffix != ".partial"}
@@ -186,3 +190,34 @@ def forward(
         if not output.isfinite().all():
             raise ValueError(f"NaN or Inf in the weights or activations of model.layers.{i}")
         yield output
+
+
+@torch.no_grad()
+def keep_inputs(layers: Layers, batches: list[Batch], spool: Spool) -> None:
+    """Put `input-<i>` of every layer into the spool, and as the last what comes out of the top one;
+    after a crash only those that are not there.
+
+    Raises:
+        ValueError: NaN or Inf; names the layer.
+    """
+    if "input-0" not in spool.names():
+        spool.write("input-0", layers.embedded(batches))
+    for i in range(len(layers)):
+        if f"input-{i + 1}" not in spool.names():
+            spool.write(f"input-{i + 1}", forward(layers, i, layers.layer(i), batches, spool))
+
+
+def loss_gradients(layers: Layers, batches: list[Batch], spool: Spool) -> Iterator[Tensor]:
+    """The gradient of the summed loss at what `keep_inputs` put in last, batch by batch.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    norm, head = layers.head()
+    for number, batch in enumerate(batches):
+        hidden = spool.read(f"input-{len(layers)}", number).to(layers.device).requires_grad_(True)
+        with torch.enable_grad():
+            loss = next_token_loss(head, norm(hidden), batch["labels"].to(layers.device))
+        if not loss.isfinite():
+            raise ValueError("the calibration loss is not finite: NaN or Inf in norm or lm_head")
+        yield torch.autograd.grad(loss, hidden)[0]

@@ -15,6 +15,11 @@ CHUNK = 1024  # positions whose logits exist at one time
 Batch = dict[str, Tensor]
 
 
+def not_padding(batch: Batch) -> Tensor:
+    """Bool (batch, seq_len): up to the last label of each row."""
+    return (batch["labels"] != -100).flip(1).int().cummax(1).values.flip(1).bool()
+
+
 class CausalLoss(nn.Module):
     """A causal language model as a module from a batch to its summed loss, ready for DDP or FSDP2.
 

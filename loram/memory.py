@@ -98,9 +98,8 @@ def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len
     the activations of one batch; the output head with its loss.
     """
     (model, _), scored = _layers_of_each_shape(config), prune.method in STRUCTURED
-    layer, head = model.model.layers[-1], model.get_output_embeddings()
+    layer = model.model.layers[-1]
     model.float().requires_grad_(scored)
-    head.requires_grad_(False)
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=scored, cache_enabled=False)
     with FakeTensorMode(allow_non_fake_inputs=True), mixed:
         model.to_empty(device="cpu")
@@ -110,10 +109,7 @@ def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len
             output = layer(hidden, **given)
             if scored:
                 output.backward(torch.empty_like(output))
-        in_layer, live = live.peak, _Live([model])
-        with live, torch.set_grad_enabled(scored):
-            hidden = torch.empty_like(hidden).flatten(0, 1).requires_grad_(scored)
-            summed_loss(head, hidden, torch.empty(len(hidden), dtype=torch.int64))
+        in_layer, in_head = live.peak, _loss_of_head(model, hidden)
     if not scored:
         into = [m.in_features for m in (layer.self_attn.q_proj, layer.self_attn.o_proj)]
         into += [layer.mlp.gate_proj.in_features, layer.mlp.down_proj.in_features]
@@ -122,23 +118,41 @@ def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len
         factored = max(sum(hessians[i:]) + hessians[i] for i in range(4))
         in_layer = max(in_layer + sum(hessians), factored)
         return 4 * _count(layer) + in_layer
-    return max(4 * _count(layer) + in_layer, 4 * head.weight.numel() + live.peak)
+    return max(4 * _count(layer) + in_layer, in_head)
 
 
-def compensate_bytes(config: PreTrainedConfig, rows: int, seq_len: int) -> int:
+def compensate_bytes(
+    config: PreTrainedConfig, rows: int, seq_len: int, gradients: bool = False
+) -> int:
     """Peak of compensation of a full model of that config: a layer of it and of the small one, and
-    activations, in float32; of one sub-block the second moments, in float32 and, while they are
-    solved, five times in float64."""
+    activations, in float32; of one sub-block the second moments, two in float32 and, while they
+    are solved, five in float64. With gradients four and twelve, and what they need of the layer;
+    or the output head with its loss."""
     model, _ = _layers_of_each_shape(config)
     layer = model.model.layers[-1]
-    model.float()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    model.float().requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(gradients):
         model.to_empty(device="cpu")
         live = _Live([model])
         with live:
             hidden, given = _inputs(model, rows, seq_len)
-            layer(hidden, **given)
-    return 2 * 4 * _count(layer) + (2 * 4 + 5 * 8) * config.hidden_size**2 + live.peak
+            output = layer(hidden.requires_grad_(gradients), **given)
+            if gradients:
+                torch.autograd.grad(output, hidden, torch.empty_like(output))
+        in_head = _loss_of_head(model, hidden) if gradients else 0
+    moments = 4 * 4 + 12 * 8 if gradients else 2 * 4 + 5 * 8
+    in_layers = 2 * 4 * _count(layer) + moments * config.hidden_size**2 + live.peak
+    return max(in_layers, in_head)
+
+
+def _loss_of_head(model: PreTrainedModel, hidden: torch.Tensor) -> int:
+    """Peak of the output head in float32, and the gradient at what it is given."""
+    head = model.get_output_embeddings().requires_grad_(False)
+    live = _Live([model])
+    with live, torch.enable_grad():
+        states = torch.empty_like(hidden).flatten(0, 1).requires_grad_(True)
+        summed_loss(head, states, torch.empty(len(states), dtype=torch.int64))
+    return 4 * head.weight.numel() + live.peak
 
 
 def _layers_of_each_shape(config: PreTrainedConfig) -> tuple[PreTrainedModel, list[int]]:

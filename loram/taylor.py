@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from loram.layers import Layers, Spool, forward
-from loram.loss import Batch, next_token_loss
+from loram.layers import Layers, Spool, keep_inputs, loss_gradients
+from loram.loss import Batch
 
 FILE = "scores.safetensors"
 
@@ -89,10 +89,10 @@ def taylor_scores(
     # Cached casts of weights that have gradients would hold every layer until the last one is done.
     mixed = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": False}
     with torch.autocast(device, **mixed):
-        _forward(layers, batches, spool)
+        keep_inputs(layers, batches, spool)
         top = len(layers)
         if not {f"gradient-{top}", f"score-{top - 1}"} & spool.names():
-            spool.write(f"gradient-{top}", _loss_gradients(layers, batches, spool))
+            spool.write(f"gradient-{top}", loss_gradients(layers, batches, spool))
         for i in reversed(range(top)):
             if f"score-{i}" not in spool.names():
                 found = _layer_gradients(layers, i, batches, spool, tokens)
@@ -102,26 +102,6 @@ def taylor_scores(
     neurons = torch.stack([spool.read(f"score-{i}", 1) for i in range(top)])
     spool.clear()
     return Scores(kv_heads, neurons)
-
-
-@torch.no_grad()
-def _forward(layers: Layers, batches: list[Batch], spool: Spool) -> None:
-    """Put the inputs of every layer, and the output of the last, into the spool."""
-    if "input-0" not in spool.names():
-        spool.write("input-0", layers.embedded(batches))
-    for i in range(len(layers)):
-        if f"input-{i + 1}" not in spool.names():
-            spool.write(f"input-{i + 1}", forward(layers, i, layers.layer(i), batches, spool))
-
-
-def _loss_gradients(layers: Layers, batches: list[Batch], spool: Spool) -> Iterator[Tensor]:
-    norm, head = layers.head()
-    for number, batch in enumerate(batches):
-        hidden = spool.read(f"input-{len(layers)}", number).to(layers.device).requires_grad_(True)
-        loss = next_token_loss(head, norm(hidden), batch["labels"].to(layers.device))
-        if not loss.isfinite():
-            raise ValueError("the calibration loss is not finite: NaN or Inf in norm or lm_head")
-        yield torch.autograd.grad(loss, hidden)[0]
 
 
 def _layer_gradients(

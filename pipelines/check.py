@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from loram.compensate import DATA, CompensateConfig
+from loram.compensate import DATA
 from loram.data import encode_chat, load_tokenizer
 from loram.errors import refuse
 from loram.formats import Message
@@ -17,7 +17,7 @@ from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
 from pipelines import tracking
 from pipelines.assets import home
-from pipelines.disk import distil_bytes, offsets_bytes
+from pipelines.disk import compensate_bytes, distil_bytes, offsets_bytes
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.sources import peek
 
@@ -33,7 +33,8 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    known = distil_bytes(recipe, config) + offsets_bytes(recipe, config)
+    known = distil_bytes(recipe, config)
+    known += max(compensate_bytes(recipe, config), offsets_bytes(recipe, config))
     check_store(store, config, known)
     tokenizer = check_model(recipe.model)
     for setting, sources, kind in (
@@ -59,7 +60,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _check_pruning(config, recipe.prune, recipe.adapter.masked)
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
-    _check_compensation(config, recipe.compensate)
+    _check_compensation(config, recipe)
     _check_distillation(config, recipe)
     _at_least("offset.layers", recipe.offset.layers, 0)
     _at_least("offset.parts", recipe.offset.parts, 1)
@@ -105,7 +106,8 @@ def _check_pruning(config: PreTrainedConfig, prune: PruneConfig, masked: bool) -
         refuse("adapter.masked", f"true with prune.method {prune.method}", "semi, unst")
 
 
-def _check_compensation(config: PreTrainedConfig, compensate: CompensateConfig) -> None:
+def _check_compensation(config: PreTrainedConfig, recipe: Recipe) -> None:
+    compensate, layers = recipe.compensate, config.num_hidden_layers
     if not 0 <= compensate.rank <= config.hidden_size:
         refuse("compensate.rank", compensate.rank, f"0 (none) to {config.hidden_size}")
     if compensate.data not in DATA:
@@ -113,6 +115,9 @@ def _check_compensation(config: PreTrainedConfig, compensate: CompensateConfig) 
     _at_least("compensate.rows", compensate.rows, 2 if compensate.data == "both" else 1)
     if not 0 < compensate.damping < float("inf"):
         refuse("compensate.damping", compensate.damping, "a number above 0")
+    if compensate.rank and compensate.gradients and recipe.offset.layers < layers:
+        found = f"true with offset.layers {recipe.offset.layers}"
+        refuse("compensate.gradients", found, f"offsets after all {layers} layers, or false")
 
 
 def _check_distillation(config: PreTrainedConfig, recipe: Recipe) -> None:

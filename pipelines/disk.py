@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedConfig
 
+from loram.compensate import working_bytes as compensating_bytes
 from loram.distil import target_bytes
 from loram.offsets import offset_bytes, working_bytes
 from pipelines.recipe import Recipe
@@ -13,6 +14,15 @@ def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
         return 0
     positions = recipe.align.steps * recipe.align.global_batch * recipe.align.seq_len
     return target_bytes(config, recipe.distil, positions)
+
+
+def compensate_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """What compensation takes on disk at most while it is fitted."""
+    given = recipe.compensate
+    if not given.rank:
+        return 0
+    positions = given.rows * max(recipe.align.seq_len, recipe.sft.seq_len)
+    return compensating_bytes(config, given.gradients, positions)
 
 
 def offset_positions(recipe: Recipe) -> int:

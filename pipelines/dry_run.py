@@ -118,7 +118,8 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
         needed = memory.prune_bytes(config, recipe.prune, rows, seq_len)
         row("score, prune (a layer at a time)", needed)
     if recipe.compensate.rank:
-        needed = memory.compensate_bytes(config, rows, max(seq_len, recipe.sft.seq_len))
+        longest, back = max(seq_len, recipe.sft.seq_len), recipe.compensate.gradients
+        needed = memory.compensate_bytes(config, rows, longest, back)
         row("compensate (a layer at a time)", needed)
     if recipe.align.steps:
         options: dict[str, Any] = {"workers": place.workers, "masked": plan.size(small).masked}
@@ -142,7 +143,7 @@ def _tokens(recipe: Recipe) -> Table:
         table.add_row(name, str(train.steps), f"{tokens:,}")
 
     if recipe.compensate.rank:
-        # One pass of the large model and of the small one, without gradients.
+        # One pass of the large model and of the small one; with gradients, and back.
         seq_len = max(recipe.align.seq_len, recipe.sft.seq_len)
         table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
     if recipe.align.steps:

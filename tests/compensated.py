@@ -45,8 +45,10 @@ def make(root: Path, family: str, method: str = "rand", rank: int = 4, model=Non
     return again(root, rank, **options)
 
 
-def again(root: Path, rank: int, out: str = "small", batches=None, damping=1e-2, **options):
-    config = CompensateConfig(rank=rank, damping=damping)
+def again(
+    root: Path, rank: int, out="small", batches=None, damping=1e-2, gradients=False, **options
+):
+    config = CompensateConfig(rank=rank, damping=damping, gradients=gradients)
     batches = batches or rows(2, 64)
     return compensate(root / "base", root / "pruned", root / out, batches, config, **options)
 

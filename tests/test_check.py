@@ -69,6 +69,8 @@ def test_settings(refused, change, names):
 def test_settings_that_exclude_each_other(refused):
     assert "align.steps" in refused("distil.top=32", "align.steps=0")
     assert "bound with prune.method unst" in refused("prune.method=unst", 'compare=["bound"]')
+    fitted = ("compensate.rank=4", "compensate.gradients=true", "offset.layers=3")
+    assert "after all 4 layers" in refused(*fitted)
 
 
 def test_whole_layers_are_a_matter_of_the_structured_methods():

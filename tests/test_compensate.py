@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import loram.compensate
+import loram.fit_values
 from loram.compensate import CompensateConfig, compensate
 from loram.errors import UserError
 from loram.kept import Kept
@@ -123,16 +124,15 @@ def test_full_rank_is_the_unreduced_fit():
 def test_the_fit_follows_the_large_model_not_the_layer_alone(tmp_path, monkeypatch):
     """What earlier layers still miss is made up for too: without it the result is further away."""
     make(tmp_path, "llama", rank=64)
-    original = loram.compensate._Streams.large
+    streams = loram.fit_values._Streams
 
-    def large(self, number, layer):
+    def large(self, number):
         for n, batch in enumerate(self.batches):
-            g = self.read(f"small-{number}", n)
-            yield g + loram.compensate._output(self.full, layer, number, g, batch)
+            yield self.full.after(number, self.read(f"small-{number}", n), batch)
 
-    monkeypatch.setattr(loram.compensate._Streams, "large", large)
-    again(tmp_path, 64, "alone")
-    monkeypatch.setattr(loram.compensate._Streams, "large", original)
+    with monkeypatch.context() as patched:
+        patched.setattr(streams, "large", large)
+        again(tmp_path, 64, "alone")
     near, alone = (distance(tmp_path, tmp_path / name) for name in ("small", "alone"))
     assert near < alone
 

@@ -1,8 +1,9 @@
 """What a run's results take on disk, told from its recipe."""
 
+import loram.compensate
 from loram.model import read_config
 from loram.offsets import offset_bytes, working_bytes
-from pipelines.disk import offset_positions, offsets_bytes
+from pipelines.disk import compensate_bytes, offset_positions, offsets_bytes
 from pipelines.recipes import resolve
 
 
@@ -15,3 +16,13 @@ def test_each_part_has_offsets_of_its_rows_and_of_the_held_out_ones():
     kept = offset_bytes(config, 2, sum(positions))
     assert offsets_bytes(recipe, config) == kept + working_bytes(config, 2, positions[1])
     assert offsets_bytes(resolve("test", [*words, "offset.layers=0"]), config) == 0
+
+
+def test_compensation_over_the_longest_rows():
+    words = ["compensate.rank=4", "compensate.rows=5", "sft.seq_len=128", "align.seq_len=64"]
+    recipe = resolve("test", words)
+    config = read_config(recipe.model)
+    assert compensate_bytes(recipe, config) == loram.compensate.working_bytes(
+        config, False, 5 * 128
+    )
+    assert compensate_bytes(resolve("test", ["compensate.rank=0"]), config) == 0

@@ -93,8 +93,8 @@ def test_first_run_then_a_changed_learning_rate(user):
 def test_every_way_to_close_the_gap(user):
     """In one run, with the bound beside them; NF4."""
     words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
-    words += ["distil.top=32", 'compare=["lora","bound"]']
-    words += ["offset.layers=2", "offset.parts=2"]
+    words += ["distil.top=32", 'compare=["lora","bound"]', "compensate.gradients=true"]
+    words += ["offset.layers=4", "offset.parts=2"]
     log = user("test", *words)
     wanted = {"compensate", "targets", "distil", "quantise", "offsets", "sft_bound", "recover"}
     assert wanted <= made(log)

@@ -66,13 +66,30 @@ WAYS |= {
     for n in (2, 5, 10)
 }
 WAYS |= {
+    f"task, rank {rank}, offsets 30, 2 parts": [
+        *WAYS[f"task, rank {rank}"],
+        "offset.layers=30",
+        "offset.parts=2",
+    ]
+    for rank in (16, 32, 128, 576)
+}
+WAYS |= {
     f"task, {rows} rows, offsets 30, 2 parts": [
         *fitted("task", rows=rows),
         *OFF,
         "offset.layers=30",
         "offset.parts=2",
     ]
-    for rows in (128, 256)
+    for rows in (16, 32, 128, 256)
+}
+# Stand-ins fitted on gradients, beside the same fitted on values.
+WAYS |= {
+    way.replace("task", "task, gradients").replace("general", "general, gradients"): [
+        *changes,
+        "compensate.gradients=true",
+    ]
+    for way, changes in WAYS.items()
+    if way.startswith(("task", "general")) and "offsets 30" in way
 }
 # Of these ways another row of the table than the last.
 ROWS = {"bound": "LoRA where pruning keeps", "qlora": "QLoRA"}
@@ -144,6 +161,7 @@ def run(cell: dict) -> None:
     changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
     changes += [
         "compensate.rank=0",
+        "compensate.gradients=false",
         "distil.top=0",
         "offset.layers=0",
         "offset.parts=1",

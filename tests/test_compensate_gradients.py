@@ -1,0 +1,198 @@
+"""Stand-ins fitted on gradients: their laws, on every model family and every pruning."""
+
+import pytest
+import torch
+
+import loram.compensate
+from loram.adapter import AdapterConfig, attach
+from loram.compensate import working_bytes
+from loram.errors import UserError
+from loram.fit_gradients import fit_gradients
+from loram.kept import Kept
+from loram.layers import Layers, Spool
+from loram.loss import CausalLoss
+from loram.model import load, save
+from loram.offsets import OffsetLoss, Offsets, write_offsets
+from loram.prune import prune
+from loram.ridge import VALUES, Fit, solve_both
+from loram.shards import Checkpoint
+from loram.subblocks import SubBlocks
+from tests.compensated import PRUNINGS, again, distance, make, rows
+from tests.conftest import FAMILIES, tiny_model
+
+EVERY = {"gradients": True, "offsets": range(1, 5)}
+NEAR_ZERO = 1e-9  # damping
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_attention_is_made_up_for_exactly(family, tmp_path):
+    model = tiny_model(family)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("v_proj.bias", "o_proj.bias")):
+            parameter.data.zero_()
+    save(model, tmp_path / "base")
+    whole = Kept.whole(model.config)
+    kept = Kept((torch.tensor([1, 3]),) * 4, whole.neurons)
+    prune(tmp_path / "base", tmp_path / "pruned", kept)
+    again(tmp_path, 64, batches=rows(2, 64, document=1), damping=NEAR_ZERO, **EVERY)
+    before = distance(tmp_path, tmp_path / "pruned", document=1)
+    assert before > 0.01
+    assert distance(tmp_path, tmp_path / "small", document=1) < 1e-6 * before
+
+
+@pytest.mark.parametrize("method", ["rand", "semi", "unst"])
+def test_a_linear_model_is_made_up_for_exactly(method, tmp_path):
+    model = tiny_model("llama", mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate_proj.weight", "v_proj.bias", "up_proj.bias")):
+            parameter.data.zero_()
+    options = {"batches": rows(2, 64, document=1), "damping": NEAR_ZERO, **EVERY}
+    make(tmp_path, "llama", method, rank=64, model=model, **options)
+    before = distance(tmp_path, tmp_path / "pruned", document=1)
+    assert before > 0.01
+    assert distance(tmp_path, tmp_path / "small", document=1) < 1e-6 * before
+
+
+def gradient(root, small: str) -> torch.Tensor:
+    """Of the loss at the embeddings, the small model being where the large one is, on rows that
+    the stand-ins were fitted on; one vector."""
+    batches = rows(2, 64)
+    write_offsets(
+        root / "base",
+        root / small,
+        root / f"{small}-offsets",
+        batches,
+        4,
+        work=root / f"{small}-work",
+    )
+    offsets = Offsets(root / f"{small}-offsets")
+    model = attach(
+        load(root / small, dtype=torch.float32), AdapterConfig(r=64, alpha=64, dropout=0.0)
+    )
+    module = OffsetLoss(model, offsets.layers)
+    embedded = []
+    model.get_base_model().model.embed_tokens.register_forward_hook(
+        lambda module, args, output: embedded.append(output.requires_grad_(True))
+    )
+    for batch in batches:
+        given = {k: batch[k] for k in ("input_ids", "labels", "position_ids")}
+        loss = module(**given, **offsets.fetch(batch["row"]))
+    return torch.autograd.grad(loss, embedded[-1])[0].flatten()
+
+
+@pytest.mark.parametrize(("family", "method"), PRUNINGS)
+def test_the_gradient_is_nearer_to_the_large_model_s(family, method, tmp_path):
+    """Than without stand-ins, and than with those fitted on values; no kept weight changes. On
+    these rows: values of a random model, unlike a trained one's, tell its mean Jacobian as well."""
+    make(tmp_path, family, method, rank=64, offsets=range(1, 5))
+    found = again(tmp_path, 64, "both", **EVERY)
+    assert 0 < found["missing"] < 1 and found["tokens"] == 64 * 48
+    large = load(tmp_path / "base", dtype=torch.float32)
+    embedded = []
+    large.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: embedded.append(output.requires_grad_(True))
+    )
+    given = {k: rows(2, 64)[1][k] for k in ("input_ids", "labels", "position_ids")}
+    true = torch.autograd.grad(CausalLoss(large)(**given), embedded[0])[0].flatten()
+    cosine = {
+        name: float(torch.cosine_similarity(gradient(tmp_path, name), true, dim=0))
+        for name in ("pruned", "small", "both")
+    }
+    assert cosine["both"] > max(cosine["pruned"], cosine["small"]), cosine
+    pruned, small = Checkpoint(tmp_path / "pruned"), Checkpoint(tmp_path / "both")
+    for name in pruned.names():
+        assert torch.equal(pruned.read(name), small.read(name))
+
+
+def test_the_large_model_s_gradient_is_that_of_autograd(tmp_path):
+    make(tmp_path, "qwen3")
+    batches, spool = rows(2, 8), Spool(tmp_path / "spool")
+    full, small = (SubBlocks(Layers(tmp_path / name)) for name in ("base", "pruned"))
+    list(fit_gradients(full, small, batches, spool, [], rank=4, damping=1e-2))
+    model = load(tmp_path / "base", dtype=torch.float32)
+    embedded = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: embedded.append(output.requires_grad_(True))
+    )
+    for n, batch in enumerate(batches):
+        loss = CausalLoss(model)(*(batch[k] for k in ("input_ids", "labels", "position_ids")))
+        true = torch.autograd.grad(loss, embedded[-1])[0]
+        assert torch.allclose(spool.read_several("gradient-0", n)["large"], true, atol=1e-5)
+
+
+def test_full_rank_solves_the_equation_and_less_is_the_nearest():
+    generator = torch.Generator().manual_seed(0)
+
+    def fit() -> Fit:
+        x = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+        found = Fit(24, torch.device("cpu"))
+        found.add(x, torch.randn(400, 24, generator=generator) + 0.1 * x)
+        return found
+
+    forward, backward = fit(), fit()
+
+    def damped(gram, weight):
+        gram = weight * gram.double()
+        return gram + 1e-2 * gram.diagonal().mean() * torch.eye(24)
+
+    weights = VALUES / forward.square, 1 / backward.square
+    a, b = damped(forward.gram, weights[0]), damped(backward.gram, weights[1])
+    r = weights[0] * forward.cross.double() + weights[1] * backward.cross.double().T
+    p, q = solve_both(forward, backward, 24, 1e-2)
+    c = p @ q
+    assert (a @ c + c @ b - r).abs().max() < 1e-6 * r.abs().max()
+    k, m = torch.linalg.cholesky(a), torch.linalg.cholesky(b)
+    p, q = solve_both(forward, backward, 5, 1e-2)
+    assert p.shape == (24, 5) and q.shape == (5, 24)
+    singular = torch.linalg.svdvals(k.T @ c @ m)
+    left = (k.T @ (c - p @ q) @ m).square().sum()
+    assert float(left) == pytest.approx(float(singular[5:].square().sum()), rel=1e-6)
+
+
+def test_a_crash_half_way_goes_on_at_the_sub_block(tmp_path, monkeypatch):
+    make(tmp_path, "llama", **EVERY)
+    done, original = [], loram.compensate.write_part
+
+    def write_part(out, part, tensors):
+        if part == "model.layers.1.self_attn" and "crash" not in done:
+            done.append("crash")
+            raise OSError(28, "No space left on device")
+        done.append(part)
+        original(out, part, tensors)
+
+    monkeypatch.setattr(loram.compensate, "write_part", write_part)
+    options = {**EVERY, "work": tmp_path / "work"}
+    with pytest.raises(OSError, match="No space"):
+        again(tmp_path, 4, "again", **options)
+    again(tmp_path, 4, "again", **options)
+    assert done[done.index("crash") + 1] == "model.layers.1.self_attn"
+    assert done.count("model.layers.1.mlp") == 1
+    for file in (tmp_path / "small").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    assert not (tmp_path / "work" / "activations").exists()
+
+
+def test_without_offsets_everywhere_it_is_refused(tmp_path):
+    make(tmp_path, "llama")
+    with pytest.raises(UserError, match="compensate.gradients.*after 2 layers.*all 4"):
+        again(tmp_path, 4, "x", gradients=True, offsets=[2, 4])
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_it_takes_as_much_disk_as_was_said(gradients, tmp_path, monkeypatch):
+    make(tmp_path, "llama")
+    work, held, original = tmp_path / "work", [], Spool.write_several
+
+    def write_several(self, name, batches):
+        def counted():
+            for batch in batches:
+                yield batch
+                held.append(sum(f.stat().st_size for f in work.rglob("*.safetensors")))
+
+        original(self, name, counted())
+
+    monkeypatch.setattr(Spool, "write_several", write_several)
+    again(tmp_path, 4, "again", work=work, **EVERY | {"gradients": gradients})
+    config = load(tmp_path / "base").config
+    said = working_bytes(config, gradients, 64 * 48)
+    assert 0.8 * said < max(held) < 1.02 * said
