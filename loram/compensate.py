@@ -45,7 +45,7 @@ class CompensateConfig:
 
     data: what it is fitted on: the general corpus, the task's own training rows, or half of each.
     rows: packed rows of it, or all if there are fewer.
-    damping: share of the mean diagonal of X^T X that is added to it.
+    damping: share of the mean diagonal of X^T X that is added to it, and with gradients of G^T G.
     gradients: fit what is missing in gradients, for training with offsets after every layer; else
         what is missing in the residual stream.
     """
@@ -85,7 +85,7 @@ def compensate(
 
     Args:
         source: directory or hub id of the full model.
-        pruned: directory of the small one, not packed and not quantised.
+        pruned: directory of the small one, as pruning left it: not aligned, packed or quantised.
         batches: dicts of int64 (batch, seq_len): input_ids, labels, position_ids. What comes after
             the last label of a row counts as padding.
         offsets: layers, numbered from 1, after which offsets will put the residual stream right in
@@ -94,8 +94,8 @@ def compensate(
             sub-block it had reached. Emptied at the end.
         dtype: of the computation (autocast).
 
-    Returns: missing: share of what is missing in a sub-block that its stand-in leaves, the mean;
-        tokens: fitted on.
+    Returns: missing: share of what is missing in a sub-block, with gradients of what is missing
+        backward, that its stand-in leaves, the mean; tokens: fitted on.
 
     Raises:
         UserError: the model has stand-ins already; gradients without offsets after every layer.
@@ -108,7 +108,7 @@ def compensate(
             return compensate(source, pruned, out, batches, config, **options)
     batches, out = list(batches), Path(out)
     tokens = sum(int(not_padding(batch).sum()) for batch in batches)
-    if not tokens:
+    if not any((batch["labels"][:, 1:] != -100).any() for batch in batches):
         raise ValueError("the calibration rows hold no token to predict")
     full, small = Layers(source, device=device), Layers(pruned, device=device)
     if getattr(small.config, "stand_ins", None):
@@ -121,7 +121,9 @@ def compensate(
     report = done / REPORT
     given = SubBlocks(full), SubBlocks(small), batches, spool, blocks
     options = {"rank": config.rank, "damping": config.damping}
-    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+    # Cached casts of what gradients are taken at would hold all of it until the end.
+    mixed = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": False}
+    with torch.autocast(device, **mixed):
         if config.gradients:
             found = fit_gradients(*given, **options)
         else:

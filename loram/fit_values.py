@@ -59,7 +59,7 @@ class _Streams:
         self, full: SubBlocks, small: SubBlocks, batches: list[Batch], spool: Spool
     ) -> None:
         self.full, self.small, self.batches, self.spool = full, small, batches, spool
-        if "small-0" not in spool.names():
+        if not any(name.startswith("small-") for name in spool.names()):
             spool.write("large-0", full.layers.embedded(batches))
             spool.write("small-0", small.layers.embedded(batches))
 

@@ -7,6 +7,7 @@ their backward passes are run on tensors without storage, and what would live is
 
 import weakref
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,25 +125,31 @@ def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len
 def compensate_bytes(
     config: PreTrainedConfig, rows: int, seq_len: int, gradients: bool = False
 ) -> int:
-    """Peak of compensation of a full model of that config: a layer of it and of the small one, and
-    activations, in float32; of one sub-block the second moments, two in float32 and, while they
-    are solved, five in float64. With gradients four and twelve, and what they need of the layer;
-    or the output head with its loss."""
+    """Peak of compensation of a full model of that config, which computes in bfloat16.
+
+    A layer of it and one of the small one, counted as large, in float32; beside them the second
+    moments of a sub-block, in float32, with what it keeps for its backward pass, or, while they are
+    solved, in float64. With gradients twice as many; or the output head with its loss.
+    """
     model, _ = _layers_of_each_shape(config)
     layer = model.model.layers[-1]
     model.float().requires_grad_(False)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(gradients):
+    mixed = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), mixed, torch.set_grad_enabled(gradients):
         model.to_empty(device="cpu")
         live = _Live([model])
         with live:
             hidden, given = _inputs(model, rows, seq_len)
-            output = layer(hidden.requires_grad_(gradients), **given)
-            if gradients:
-                torch.autograd.grad(output, hidden, torch.empty_like(output))
+            for block in (partial(layer.self_attn, **given), layer.mlp):
+                output = block(hidden)
+                output = output[0] if isinstance(output, tuple) else output
+                if gradients:
+                    torch.autograd.grad(output, hidden, torch.empty_like(output))
+                del output
         in_head = _loss_of_head(model, hidden) if gradients else 0
-    moments = 4 * 4 + 12 * 8 if gradients else 2 * 4 + 5 * 8
-    in_layers = 2 * 4 * _count(layer) + moments * config.hidden_size**2 + live.peak
-    return max(in_layers, in_head)
+    moments, solved = (4 * 4, 12 * 8) if gradients else (2 * 4, 8 * 8)
+    beside = moments * config.hidden_size**2 + max(live.peak, solved * config.hidden_size**2)
+    return max(2 * 4 * _count(layer) + beside, in_head)
 
 
 def _loss_of_head(model: PreTrainedModel, hidden: torch.Tensor) -> int:

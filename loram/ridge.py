@@ -41,24 +41,30 @@ class Fit:
         return 1 - float(filled) / self.square if self.square else 0.0
 
 
-def solve_both(forward: Fit, backward: Fit, rank: int, damping: float) -> tuple[Tensor, Tensor]:
-    """P and Q as of `Fit.solve`, for what is missing forward of x and backward of g.
+def solve_both(
+    forward: Fit, backward: Fit, scale: float, rank: int, damping: float
+) -> tuple[Tensor, Tensor]:
+    """P and Q, as of `Fit.solve`, for what is missing forward of x and backward of g.
 
-    C has the least VALUES ||X C - T||^2 / ||T||^2 + ||G C^T - S||^2 / ||S||^2, each side damped:
-    A C + C B = R, with the second moments A of x and B of g, by their eigenvectors. It is cut to a
-    rank by the singular vectors of K^T C L, with A = K K^T and B = L L^T.
+    C has the least VALUES ||X C - T||^2 / scale + ||G C^T - S||^2 / ||S||^2, each side damped:
+    A C + C B = R, with the second moments A of x and B of g, by their eigenvectors. The backward
+    side outweighs the other, so its metric, B = L L^T, says what is nearest of a rank: by the right
+    singular vectors V of C L, P = C L V and Q = V^T L^-1.
+
+    Args:
+        scale: what ||X C - T||^2 is measured by: the squared output of the whole sub-block, which
+            unlike T is not zero where nothing was removed.
     """
-    weights = VALUES / (forward.square or 1.0), 1 / (backward.square or 1.0)
+    weights = VALUES / (scale or 1.0), 1 / (backward.square or 1.0)
     a = _damped(weights[0] * forward.gram.double(), damping)
     b = _damped(weights[1] * backward.gram.double(), damping)
     r = weights[0] * forward.cross.double() + weights[1] * backward.cross.double().T
     (of_a, u), (of_b, v) = torch.linalg.eigh(a), torch.linalg.eigh(b)
-    c = u @ (u.T @ r @ v / (of_a[:, None] + of_b)) @ v.T
-    k, l = torch.linalg.cholesky(a), torch.linalg.cholesky(b)  # noqa: E741
-    left, singular, right = torch.linalg.svd(k.T @ c @ l, full_matrices=False)
-    p = torch.linalg.solve_triangular(k.T, left[:, :rank] * singular[:rank], upper=True)
-    q = torch.linalg.solve_triangular(l, right[:rank], upper=False, left=False)
-    return p.contiguous(), q.contiguous()
+    lower = torch.linalg.cholesky(b)
+    c = u @ (u.T @ r @ v / (of_a[:, None] + of_b)) @ v.T @ lower
+    nearest = torch.linalg.eigh(c.T @ c).eigenvectors[:, -rank:]
+    q = torch.linalg.solve_triangular(lower, nearest.T, upper=False, left=False)
+    return c @ nearest, q.contiguous()
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:

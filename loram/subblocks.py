@@ -68,8 +68,8 @@ class SubBlocks:
         """The residual stream behind it."""
         return hidden + self.output(number, self.input(number, hidden), batch)
 
-    def pull(self, number: int, x: Tensor, batch: Batch, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Its output, and the gradient at x of a gradient at the output (J^T gradient)."""
+    def vjp(self, number: int, x: Tensor, batch: Batch, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Its output, and the gradient at x of a gradient at the output: J^T gradient."""
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             output = self.output(number, x, batch)

@@ -113,8 +113,8 @@ def _check_compensation(config: PreTrainedConfig, recipe: Recipe) -> None:
     if compensate.data not in DATA:
         refuse("compensate.data", repr(compensate.data), ", ".join(DATA))
     _at_least("compensate.rows", compensate.rows, 2 if compensate.data == "both" else 1)
-    if not 0 < compensate.damping < float("inf"):
-        refuse("compensate.damping", compensate.damping, "a number above 0")
+    if not 1e-6 <= compensate.damping < float("inf"):  # less is not positive definite in rounding
+        refuse("compensate.damping", compensate.damping, "1e-6 or more")
     if compensate.rank and compensate.gradients and recipe.offset.layers < layers:
         found = f"true with offset.layers {recipe.offset.layers}"
         refuse("compensate.gradients", found, f"offsets after all {layers} layers, or false")

@@ -13,7 +13,7 @@ from loram.compensate import CompensateConfig, compensate
 from loram.distil import DistilConfig, DistilLoss
 from loram.loss import CausalLoss
 from loram.masks import of_weights
-from loram.memory import align_bytes, prune_bytes, sft_bytes
+from loram.memory import align_bytes, compensate_bytes, prune_bytes, sft_bytes
 from loram.model import load, read_config, save
 from loram.offsets import OffsetLoss
 from loram.parallel import masters_
@@ -178,6 +178,20 @@ def test_pruning(method, family, models, tmp_path):
     # A mapped file counts as allocated, although its pages are the file's.
     found -= sum(file.stat().st_size for file in source.glob("model*.safetensors"))
     assert prune_bytes(read_config(source), config, 4, T) == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("family", MODELS)
+def test_compensation(family, gradients, models, tmp_path):
+    """In as little memory after many sub-blocks as after one."""
+    source, pruned = models / family / "full", models / family / "stru"
+    config, layers = read_config(source), range(1, read_config(source).num_hidden_layers + 1)
+    options = {"offsets": layers, "dtype": torch.bfloat16, "work": tmp_path / "work"}
+    fitted = [batch(4, 2048)] * 4, CompensateConfig(8, gradients=gradients)
+    found = seen(lambda: compensate(source, pruned, tmp_path / "out", *fitted, **options))
+    for model in (source, pruned):  # mapped files
+        found -= sum(file.stat().st_size for file in model.glob("model*.safetensors"))
+    assert compensate_bytes(config, 4, T, gradients) == pytest.approx(found, rel=0.25)
 
 
 def test_two_workers_share_what_is_trained():
