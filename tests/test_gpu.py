@@ -71,6 +71,19 @@ def test_scores_prunings_and_stand_ins(tmp_path):
             assert near(*(found.read(name).float() for found in there), 0.02), name
 
 
+def test_stand_ins_on_gradients(tmp_path):
+    def fitted(device, out):
+        given = {"gradients": True, "offsets": range(1, 5), "device": device}
+        compensated.make(out, "llama", **given)
+        return Checkpoint(out / "small")
+
+    cpu, gpu = both(fitted, tmp_path)
+    for name in cpu.names():
+        if name.endswith("stand_in.P"):
+            one, other = (x.read(name) @ x.read(f"{name[:-1]}Q") for x in (cpu, gpu))
+            assert near(other, one, 0.02), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_offsets_and_a_training(kind, tmp_path):
     """The same offsets, the same losses; then the adapter, recovered, on the GPU."""

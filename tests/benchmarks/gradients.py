@@ -2,9 +2,8 @@
 
     python -m tests.benchmarks.gradients [--method stru] [--ratio 0.65] [--rank 64] [--rows 64]
 
-Gradients of the loss at the residual stream after every layer but the last, behind which nothing was
-cut, on held-out rows of the task, before any training; both models are where the large one is
-(offsets after every layer).
+Gradients of the loss at the residual stream after every layer behind which something was cut, on
+held-out rows of the task, before any training; offsets put both models where the large one is.
 """
 
 import argparse
