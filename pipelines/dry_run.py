@@ -14,7 +14,7 @@ from loram.prune import STRUCTURED
 from loram.pruned import compensated_config
 from loram.train import TrainConfig
 from pipelines.check import check, check_settings
-from pipelines.disk import distil_bytes, offset_positions, offsets_bytes
+from pipelines.disk import compensate_bytes, distil_bytes, offset_positions, offsets_bytes
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
@@ -87,6 +87,8 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     )
     if small.stand_ins:
         table.add_row("of these, stand-ins for what was removed", f"{small.stand_ins:,}", "")
+        disk = compensate_bytes(recipe, config)
+        table.add_row("stand-ins, bytes on disk at most, while they are fitted", f"{disk:,}", "")
     if recipe.distil.top:
         disk = distil_bytes(recipe, config)
         table.add_row("the large model's targets, bytes on disk at most", f"{disk:,}", "")

@@ -23,7 +23,7 @@ def asset(name: str) -> str:
 
 
 def small() -> Recipe:
-    """The default: SmolLM2-135M, real text and instructions, a quarter of an hour on two cores."""
+    """The default: SmolLM2-135M, real text and instructions, some twenty minutes on two cores."""
     return Recipe(
         name="small",
         model=asset(MODEL),
