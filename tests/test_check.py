@@ -57,6 +57,7 @@ def refused(capsys, tmp_path):
         ("corpus.sources=[]", "corpus.sources"),
         ("compensate.rank=65", "0 (none) to 64"),
         ("compensate.data=web", "corpus, task, both"),
+        ("compensate.damping=1e-9", "1e-6 or more"),
         ("distil.top=-1", "0 (none) to"),
         ("offset.layers=-1", "0 or more"),
         ("offset.parts=0", "1 or more"),

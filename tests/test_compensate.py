@@ -178,6 +178,11 @@ def test_bad_input_is_named(tmp_path):
     make(tmp_path, "llama")
     with pytest.raises(ValueError, match="no token to predict"):
         compensate(tmp_path / "base", tmp_path / "pruned", tmp_path / "x", [], CompensateConfig(4))
+    first = {**rows(2)[0]}
+    first["labels"] = first["labels"].clone()
+    first["labels"][:, 1:] = -100  # what no position predicts
+    with pytest.raises(ValueError, match="no token to predict"):
+        again(tmp_path, 4, "x", batches=[first])
     with pytest.raises(UserError, match="compensated already"):
         compensate(
             tmp_path / "base", tmp_path / "small", tmp_path / "x", rows(2), CompensateConfig(4)
