@@ -20,7 +20,8 @@ from torch import Tensor
 from loram.layers import Spool, keep_inputs, loss_gradients
 from loram.loss import Batch, not_padding
 from loram.ridge import Fit, solve_both
-from loram.subblocks import StandInFound, SubBlocks
+from loram.stand_in import StandInFound
+from loram.subblocks import SubBlocks
 
 
 def fit_gradients(

@@ -13,7 +13,8 @@ from torch import Tensor
 from loram.layers import Spool
 from loram.loss import Batch, not_padding
 from loram.ridge import Fit
-from loram.subblocks import StandInFound, SubBlocks
+from loram.stand_in import StandInFound
+from loram.subblocks import SubBlocks
 
 
 def fit_values(

@@ -110,7 +110,8 @@ def prune_bytes(config: PreTrainedConfig, prune: PruneConfig, rows: int, seq_len
             output = layer(hidden, **given)
             if scored:
                 output.backward(torch.empty_like(output))
-        in_layer, in_head = live.peak, _loss_of_head(model, hidden)
+        in_layer = live.peak
+        in_head = _loss_of_head(model, hidden) if scored else 0
     if not scored:
         into = [m.in_features for m in (layer.self_attn.q_proj, layer.self_attn.o_proj)]
         into += [layer.mlp.gate_proj.in_features, layer.mlp.down_proj.in_features]

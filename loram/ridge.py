@@ -4,9 +4,9 @@ by what it does backward, g C^T."""
 import torch
 from torch import Tensor
 
-VALUES = (
-    0.1  # the weight of the forward side where there are both; three times more or less is alike
-)
+# The weight of the forward side where there are both. Cosine of gradients on other rows, Stru 0.65,
+# fitted on 16: 0.34 with 0.03, 0.41 with 0.1.
+VALUES = 0.1
 
 
 class Fit:
@@ -52,8 +52,8 @@ def solve_both(
     C has the least VALUES ||X C - T||^2 / scale + ||G C^T - S||^2 / ||S||^2, each side damped:
     A C + C B = R, with the second moments A of x and B of g, by their eigenvectors. With A = K K^T
     and B = L L^T it is cut to a rank by the singular vectors of K^T C L: along what x and g are
-    large in. The nearest by the backward side alone (C L) is nearer on the rows it was fitted on
-    and further away on others.
+    large in. The nearest by the backward side alone (C L) leaves gradients further away on other
+    rows (the same with VALUES 0.03: 0.31 for 0.34).
 
     Args:
         scale: what ||X C - T||^2 is measured by: the squared output of the whole sub-block, which

@@ -5,7 +5,7 @@ Frozen while an adapter trains, and dropped at recovery: the full model does tha
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,16 @@ class StandIn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.P @ self.Q
+
+
+class StandInFound(NamedTuple):
+    """P (hidden, rank) and Q (rank, hidden) of the sub-block of that name, in the dtype of the
+    small model, and the share that they leave of what was missing."""
+
+    name: str
+    p: Tensor
+    q: Tensor
+    left: float
 
 
 def stand_in_(block: nn.Module, hidden: int, rank: int) -> None:

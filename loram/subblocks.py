@@ -1,7 +1,5 @@
 """Attention and MLP of a checkpoint one after the other, one decoder layer in memory at a time."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -10,16 +8,6 @@ from loram.loss import Batch
 
 KINDS = ("self_attn", "mlp")
 NORMS = ("input_layernorm", "post_attention_layernorm")  # before each
-
-
-class StandInFound(NamedTuple):
-    """P (hidden, rank) and Q (rank, hidden) of the sub-block of that name, in the dtype of the
-    small model, and the share that they leave of what was missing."""
-
-    name: str
-    p: Tensor
-    q: Tensor
-    left: float
 
 
 class SubBlocks:

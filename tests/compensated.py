@@ -12,6 +12,8 @@ from loram.taylor import random_scores
 from tests.conftest import FAMILIES, tiny_model
 
 CUT = PruneConfig("rand", 0.5, keep_first=1, keep_last=1, seed=3)
+# Stand-ins on gradients, of models of four layers.
+EVERY = {"gradients": True, "offsets": range(1, 5)}
 # Structured pruning on every family, single weights on two.
 PRUNINGS = [*((family, "rand") for family in FAMILIES), ("llama", "semi"), ("qwen3", "unst")]
 

@@ -12,14 +12,15 @@ from loram.model import save
 from loram.prune import prune
 from loram.ridge import Fit
 from loram.shards import Checkpoint
-from tests.compensated import PRUNINGS, again, distance, make, rows
+from tests.compensated import EVERY, PRUNINGS, again, distance, make, rows
 from tests.conftest import FAMILIES, tiny_model
 
 NEAR_ZERO = 1e-9  # damping
 
 
+@pytest.mark.parametrize("fit", [{}, EVERY], ids=["values", "gradients"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_linear_attention_is_made_up_for_exactly(family, tmp_path):
+def test_linear_attention_is_made_up_for_exactly(family, fit, tmp_path):
     """In documents of one token attention is linear in its input: the compensated model is the
     large one."""
     model = tiny_model(family)
@@ -30,20 +31,21 @@ def test_linear_attention_is_made_up_for_exactly(family, tmp_path):
     whole = Kept.whole(model.config)
     kept = Kept((torch.tensor([1, 3]),) * 4, whole.neurons)
     prune(tmp_path / "base", tmp_path / "pruned", kept)
-    again(tmp_path, 64, batches=rows(2, 64, document=1), damping=NEAR_ZERO)
+    again(tmp_path, 64, batches=rows(2, 64, document=1), damping=NEAR_ZERO, **fit)
     before = distance(tmp_path, tmp_path / "pruned", document=1)
     assert before > 0.01
     assert distance(tmp_path, tmp_path / "small", document=1) < 1e-6 * before
 
 
+@pytest.mark.parametrize("fit", [{}, EVERY], ids=["values", "gradients"])
 @pytest.mark.parametrize("method", ["rand", "semi", "unst"])
-def test_a_linear_model_is_made_up_for_exactly(method, tmp_path):
+def test_a_linear_model_is_made_up_for_exactly(method, fit, tmp_path):
     """With gates that do not depend on the input the MLP is linear too; every pruning."""
     model = tiny_model("llama", mlp_bias=True)
     for name, parameter in model.named_parameters():
         if name.endswith(("gate_proj.weight", "v_proj.bias", "up_proj.bias")):
             parameter.data.zero_()
-    options = {"batches": rows(2, 64, document=1), "damping": NEAR_ZERO}
+    options = {"batches": rows(2, 64, document=1), "damping": NEAR_ZERO, **fit}
     make(tmp_path, "llama", method, rank=64, model=model, **options)
     before = distance(tmp_path, tmp_path / "pruned", document=1)
     assert before > 0.01
