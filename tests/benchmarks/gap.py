@@ -167,7 +167,8 @@ def run(cell: dict) -> None:
         "offset.parts=1",
         *WAYS[cell["way"]],
     ]  # each way says it
-    changes += ["place.gpus_per_worker=1"] if cell["gpu"] else []
+    # Two cells on a core each are through sooner than one on two.
+    changes += ["place.gpus_per_worker=1" if cell["gpu"] else "place.cpus_per_worker=1"]
     recipe = resolve("small", changes)
     recipe = seeded(recipe, cell["seed"], recipe.sft.lr)  # as a study, which uses what this made
     store = Store(home() / "store")
