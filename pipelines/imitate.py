@@ -82,7 +82,8 @@ def targets(
     rows = list(batches(packed, ids, place.micro_batch))
     kept = DistilConfig(top=config.top, hidden_layers=config.hidden_layers)
     options = {"work": place.spool(work), "device": place.device, "dtype": torch.bfloat16}
-    return dict(write_targets(model, out, rows, kept, **options))
+    found = write_targets(model, out, rows, kept, **options)
+    return {**found, "peak_memory_bytes": place.peak_memory()}
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,14 @@ def fitted(data: str, rank: int = 64, rows: int = 64) -> list[str]:
 
 
 DISTIL = ["distil.top=32"]
+# Before the changes of a way, whatever the recipe has.
+NOTHING = [
+    "compensate.rank=0",
+    "compensate.gradients=false",
+    "distil.top=0",
+    "offset.layers=0",
+    "offset.parts=1",
+]
 WAYS = {
     "none": OFF,
     "align": ALIGN,
@@ -112,7 +120,7 @@ def main() -> None:
         start_ray()
     with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
         list(side_by_side.map(run, missing))
-    print(table(nf4=options.nf4, sft_steps=options.sft_steps, gpu=options.gpu))
+    print(table(nf4=options.nf4, sft_steps=options.sft_steps))
 
 
 def cells(options: argparse.Namespace) -> Iterator[dict]:
@@ -128,30 +136,27 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
 
 def table(**chosen: object) -> str:
     """What results.jsonl has, as Markdown: share of gain in % / perplexity out of domain, means and
-    deviations over seeds."""
+    deviations over seeds, of the machine on which there are most seeds (or else the GPU)."""
     found = kept("gap", **chosen)
     models = list(dict.fromkeys((line["method"], line["ratio"]) for line in found))
     models.sort(key=lambda model: (["stru", "rand", "semi", "unst"].index(model[0]), model[1]))
 
-    def cell(lines: list[dict]) -> str:
+    def cell(way: str, model: tuple[str, float]) -> str:
+        mine = [line for line in found if (line["method"], line["ratio"]) == model]
+        mine = [line for line in mine if line["way"] == way]
+        machines = [[line for line in mine if line["gpu"] is gpu] for gpu in (True, False)]
+        lines = max(machines, key=len)
         shares = [100 * line["share"] for line in lines if line["share"] is not None]
         if not shares:  # full LoRA gained next to nothing
-            return "-"
+            return "-" if lines else ""
         outside = statistics.mean(line["out_of_domain_perplexity"] for line in lines)
         spread = f" ± {statistics.stdev(shares):.0f}" if len(shares) > 1 else ""
         return f"{statistics.mean(shares):.0f}{spread} / {outside:.2f}"
 
     rows = [["way", *(f"{method} {ratio or ''}".strip().title() for method, ratio in models)]]
     rows.append(["---"] * len(rows[0]))
-    for way in WAYS:
-        row = [way]
-        for model in models:
-            mine = [line for line in found if (line["method"], line["ratio"]) == model]
-            mine = [line for line in mine if line["way"] == way]
-            row.append(cell(mine) if mine else "")
-        if any(row[1:]):
-            rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows += [[way, *(cell(way, model) for model in models)] for way in WAYS]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows if any(row[1:]))
 
 
 def run(cell: dict) -> None:
@@ -159,14 +164,7 @@ def run(cell: dict) -> None:
     changes = [f"prune.method={cell['method']}"]
     changes += [f"prune.ratio={cell['ratio']}"] if cell["ratio"] else []
     changes += [f"nf4={json.dumps(cell['nf4'])}", f"sft.steps={cell['sft_steps']}"]
-    changes += [
-        "compensate.rank=0",
-        "compensate.gradients=false",
-        "distil.top=0",
-        "offset.layers=0",
-        "offset.parts=1",
-        *WAYS[cell["way"]],
-    ]  # each way says it
+    changes += [*NOTHING, *WAYS[cell["way"]]]
     # Two cells on a core each are through sooner than one on two.
     changes += ["place.gpus_per_worker=1" if cell["gpu"] else "place.cpus_per_worker=1"]
     recipe = resolve("small", changes)
