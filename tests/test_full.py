@@ -106,6 +106,7 @@ def test_every_way_to_close_the_gap(user):
     }
     assert records["compensate"]["metrics"]["stand_in_parameters"] == 2 * 2 * 2 * 4 * 64
     assert records["targets"]["metrics"]["bytes"] > 0
+    assert records["targets"]["metrics"]["peak_memory_bytes"] > 1e8
     assert records["offsets"]["metrics"]["bytes"] > 0
     assert {"offsets", "earlier"} <= records["sft"]["inputs"].keys()
     assert not {"offsets", "earlier"} & records["sft_bound"]["inputs"].keys()
