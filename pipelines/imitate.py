@@ -83,7 +83,7 @@ def targets(
     kept = DistilConfig(top=config.top, hidden_layers=config.hidden_layers)
     options = {"work": place.spool(work), "device": place.device, "dtype": torch.bfloat16}
     found = write_targets(model, out, rows, kept, **options)
-    return {**found, "peak_memory_bytes": place.peak_memory()}
+    return found | {"peak_memory_bytes": place.peak_memory()}
 
 
 @dataclass(frozen=True)
