@@ -15,9 +15,8 @@ from loram.model import check_weights, read_config
 from loram.plan import planned_config, size
 from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
-from pipelines import tracking
+from pipelines import disk, tracking
 from pipelines.assets import home
-from pipelines.disk import compensate_bytes, distil_bytes, offsets_bytes
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.sources import peek
 
@@ -33,8 +32,8 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    known = distil_bytes(recipe, config)
-    known += max(compensate_bytes(recipe, config), offsets_bytes(recipe, config))
+    known = disk.distil_bytes(recipe, config)
+    known += max(disk.compensate_bytes(recipe, config), disk.offsets_bytes(recipe, config))
     check_store(store, config, known)
     tokenizer = check_model(recipe.model)
     for setting, sources, kind in (

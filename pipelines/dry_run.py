@@ -13,8 +13,8 @@ from loram.model import read_config
 from loram.prune import STRUCTURED
 from loram.pruned import compensated_config
 from loram.train import TrainConfig
+from pipelines import disk
 from pipelines.check import check, check_settings
-from pipelines.disk import compensate_bytes, distil_bytes, offset_positions, offsets_bytes
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
@@ -87,14 +87,14 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     )
     if small.stand_ins:
         table.add_row("of these, stand-ins for what was removed", f"{small.stand_ins:,}", "")
-        disk = compensate_bytes(recipe, config)
-        table.add_row("stand-ins, bytes on disk at most, while they are fitted", f"{disk:,}", "")
+        kept = disk.compensate_bytes(recipe, config)
+        table.add_row("stand-ins, bytes on disk at most, while they are fitted", f"{kept:,}", "")
     if recipe.distil.top:
-        disk = distil_bytes(recipe, config)
-        table.add_row("the large model's targets, bytes on disk at most", f"{disk:,}", "")
+        kept = disk.distil_bytes(recipe, config)
+        table.add_row("the large model's targets, bytes on disk at most", f"{kept:,}", "")
     if recipe.offset.layers:
-        disk = offsets_bytes(recipe, config)
-        table.add_row("offsets, bytes on disk at most, while they are found", f"{disk:,}", "")
+        kept = disk.offsets_bytes(recipe, config)
+        table.add_row("offsets, bytes on disk at most, while they are found", f"{kept:,}", "")
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
     table.add_row(
         "pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", ""
@@ -151,7 +151,7 @@ def _tokens(recipe: Recipe) -> Table:
     if recipe.align.steps:
         row("distil" if recipe.distil.top else "align", recipe.align)
     if recipe.offset.layers:
-        table.add_row("offsets", "-", f"{offset_positions(recipe):,}")
+        table.add_row("offsets", "-", f"{disk.offset_positions(recipe):,}")
     row("sft", recipe.sft)
     for name in recipe.compare:
         row(f"sft_{name}", recipe.sft)
