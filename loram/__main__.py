@@ -5,12 +5,15 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
 
-from loram.adapter import merge, open_adapted, recover  # noqa: E402
+from loram.adapter import CONFIG, WEIGHTS, open_adapted, recover  # noqa: E402
 from loram.data import load_tokenizer  # noqa: E402
 from loram.errors import UserError, refuse  # noqa: E402
 from loram.evaluate import generate  # noqa: E402
+from loram.merge import merge  # noqa: E402
 from loram.model import load  # noqa: E402
 
 
@@ -39,10 +42,11 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         if options.verb == "generate":
+            device = "auto" if torch.cuda.is_available() else "cpu"
             model = (
-                open_adapted(options.base, _adapter(options.adapter))
+                open_adapted(options.base, _adapter(options.adapter), device=device)
                 if options.adapter
-                else load(options.base)
+                else load(options.base, device=device)
             )
             messages = [{"role": "user", "content": options.question}]
             tokenizer = load_tokenizer(options.base)
@@ -61,8 +65,9 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _adapter(path: Path) -> Path:
-    if not (path / "adapter_config.json").is_file():
-        refuse("adapter", f"{path} without adapter_config.json", "a PEFT adapter directory")
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            refuse("adapter", f"{path} without {name}", "a PEFT adapter directory")
     return path
 
 

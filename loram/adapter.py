@@ -1,27 +1,26 @@
 """LoRA on the small model, and its way back to the large one."""
 
 import json
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.errors import refuse
 from loram.kept import Kept
 from loram.masked import PEFT_TYPE, MaskedLora, save_masks, set_masks_
-from loram.masks import copy_masks, layer_masks, unpacked
-from loram.model import load, local, read_config, save
-from loram.prune import copy_companions
+from loram.masks import copy_masks, has_masks
+from loram.model import load, read_config
+from loram.pruned import meta_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FACTORS = "lora_B", "lora_A"  # by the dimension of the weight, (out, in), that each has
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,14 @@ def attach(
 ) -> PeftModel:
     """Freeze `model` and put trainable LoRA factors (float32) beside its linears.
 
-    lora_A is drawn from `seed`, lora_B is zero: the function of the model does not change.
+    lora_A is drawn from `seed`, lora_B is zero: the function of the model does not change. Save it
+    with `save_adapter`: PEFT's own method knows nothing of masks.
 
     Args:
         masks: where those of a masked update are: a pruned model's directory, or an adapter's.
+
+    Raises:
+        UserError: a masked update, and no mask for one of the linears.
     """
     lora = LoraConfig(
         r=config.r,
@@ -82,13 +85,18 @@ def restrict_(model: PeftModel, pruned: Path) -> dict[nn.Parameter, Tensor]:
     What trains so, on the full model, is a bound for what recovery can give.
 
     Returns: masks for `loram.train.train`, which keep the other positions at zero.
+
+    Raises:
+        UserError: single weights were pruned, which confines no factor.
     """
+    if has_masks(pruned):
+        refuse("bound", f"{pruned}, of which single weights were pruned", "rand, stru")
     masks = {}
     for name, cut in Kept.load(pruned).slices(model.config).items():
         module = model.base_model.model.get_submodule(name)
         if not hasattr(module, "lora_A"):
             continue
-        factor = (module.lora_B, module.lora_A)[cut.dim]["default"].weight
+        factor = getattr(module, FACTORS[cut.dim])["default"].weight
         masks[factor] = cut.put(torch.ones_like(cut.take(factor.data))).bool()
         factor.data.mul_(masks[factor])
     return masks
@@ -124,14 +132,18 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     adapter, out = Path(adapter), Path(out)
     config = json.loads((adapter / CONFIG).read_text())
     refuse_unless_plain(config)
-    slices = Kept.load(pruned).slices(read_config(base))
+    full, kept = read_config(base), Kept.load(pruned)
+    if len(kept.neurons) != full.num_hidden_layers:
+        layers = f"a model of {len(kept.neurons)} layers, as the pruned one in {pruned}"
+        refuse("base", f"{base} of {full.num_hidden_layers}", layers)
+    slices = kept.slices(full)
     tensors: dict[str, Tensor] = {}
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
             module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
             cut = slices.get(module)
-            if cut and factor == ("lora_B", "lora_A")[cut.dim]:
+            if cut and factor == FACTORS[cut.dim]:
                 if tensor.shape[cut.dim] != len(cut.index):
                     refuse(
                         "adapter",
@@ -140,6 +152,7 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
                     )
                 tensor = cut.put(tensor)
             tensors[name] = tensor
+    check_fits({name: tensor.shape for name, tensor in tensors.items()}, full)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     config |= {"base_model_name_or_path": str(base), "inference_mode": True}
@@ -147,64 +160,56 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     copy_masks(adapter, out)
 
 
-def adapt_layer_(adapter: Path, layer: nn.Module, i: int) -> None:
-    """Put a recovered adapter on decoder layer `i` of the full model, for inference.
-
-    It stays a path of its own, as under PEFT: most of a small update would be rounded away where
-    weights are cast to 16 bits.
-    """
-    config, masks = json.loads((adapter / CONFIG).read_text()), layer_masks(adapter, i)
-    device = next(layer.parameters()).device
-    with safe_open(adapter / WEIGHTS, framework="pt", device=str(device)) as file:
-        for name in sorted(file.keys()):
-            module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
-            prefix, _, linear = module.partition(f"model.layers.{i}.")
-            if prefix or not linear or factor != "lora_A":
-                continue
-            a, b = (file.get_tensor(name.replace("lora_A", f"lora_{x}")).float() for x in "AB")
-            b *= _scaling(config, len(a))
-            bits = masks[module].to(device) if module in masks else None
-            layer.get_submodule(linear).register_forward_hook(partial(_adapted, a, b, bits))
-
-
-def _adapted(
-    a: Tensor, b: Tensor, bits: Tensor | None, linear: nn.Module, given: tuple, output: Tensor
-) -> Tensor:
-    (x,) = given
-    if bits is None:
-        return output + F.linear(F.linear(x, a), b)
-    return output + F.linear(x, (b @ a) * unpacked(bits, a.shape[1]))
-
-
-def _scaling(config: dict, r: int) -> float:
-    """s, the factor before lora_B @ lora_A.
-
-    Raises:
-        UserError: another one for each module.
-    """
-    if config.get("alpha_pattern"):
-        refuse("adapter alpha_pattern", config["alpha_pattern"], "none")
-    return config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
-
-
 def refuse_unless_plain(config: dict) -> None:
     """Refuse adapters whose update is not `alpha / r * lora_B @ lora_A` on frozen weights."""
     kind = config.get("peft_type")
     if kind not in ("LORA", PEFT_TYPE):
         refuse("adapter", f"peft_type {kind!r}", f"LORA, {PEFT_TYPE}")
-    for option, plain in (("use_dora", (False, None)), ("lora_bias", (False, None))):
-        if config.get(option) not in plain:
-            refuse(f"adapter {option}", config[option], "false")
+    for option, plain in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
+        if config.get(option) not in (plain, None):
+            refuse(f"adapter {option}", config[option], json.dumps(plain))
     start = config.get("init_lora_weights", True)
     # PiSSA, OLoRA, LoftQ and the like move part of the base weight into the factors.
     if start not in (True, False, None, "gaussian", "orthogonal"):
         refuse("adapter init_lora_weights", repr(start), "true, false, gaussian, orthogonal")
 
 
+def shapes(adapter: Path) -> dict[str, Sequence[int]]:
+    """Of the adapter's tensors, by name; reads no more than the file's header."""
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+
+
+def check_fits(tensors: Mapping[str, Sequence[int]], config: PreTrainedConfig) -> None:
+    """Refuse LoRA factors of another model, such as an adapter that was not recovered.
+
+    Args:
+        tensors: the adapter's names and shapes.
+        config: of the model, full or pruned.
+    """
+    modules = dict(meta_model(config).named_modules())
+    for name, shape in tensors.items():
+        module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+        if factor not in FACTORS:
+            continue
+        linear, dim = modules.get(module), FACTORS.index(factor)
+        if not isinstance(linear, nn.Linear):
+            refuse("adapter", f"a factor of {module}", "an adapter of this model, which has none")
+        wanted = (linear.out_features, linear.in_features)[dim]
+        if shape[dim] != wanted:
+            found = f"{module}.{factor} of shape {tuple(shape)}"
+            refuse("adapter", found, f"{wanted} along dim {dim}, as this model")
+
+
 def open_adapted(
     base: str | Path, adapter: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> PeftModel:
-    """The model `base` with an adapter of its shape on it, for inference; options as in `load`."""
+    """The model `base` with an adapter of its shape on it, for inference; options as in `load`.
+
+    Raises:
+        UserError: as of `load` and `check_fits`; a masked adapter without masks, or with others.
+    """
+    check_fits(shapes(Path(adapter)), read_config(base))
     model = load(base, dtype=dtype, device=device)
     config = json.loads((Path(adapter) / CONFIG).read_text())
     if config["peft_type"] != PEFT_TYPE:
@@ -219,14 +224,3 @@ def open_adapted(
     adapted = attach(model, settings, masks=adapter)
     set_peft_model_state_dict(adapted, load_file(Path(adapter) / WEIGHTS))
     return adapted.eval()
-
-
-def merge(base: str | Path, adapter: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write `base` with the adapter added to its weights, as an ordinary model directory.
-
-    The sum is done in float32 and rounded once to `dtype`: the base weights were never quantised,
-    so nothing of a QLoRAM adapter is lost in merging.
-    """
-    merged = open_adapted(base, adapter, dtype=torch.float32).merge_and_unload()
-    save(merged.to(dtype), Path(out))
-    copy_companions(local(base), Path(out))

@@ -12,7 +12,6 @@ The adapter then learns the task instead of repairing the small model. P and Q a
 recovery: the large model does that part itself.
 """
 
-import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from loram.loss import Batch, not_padding
 from loram.masks import copy_masks, layer_masks
 from loram.prune import copy_companions
 from loram.pruned import compensated_config
-from loram.shards import rewrite, write_index, write_part
+from loram.shards import link, note, noted, write_index, write_part
 from loram.stand_in import blocks_to_fill
 from loram.subblocks import SubBlocks
 
@@ -89,7 +88,7 @@ def compensate(
         batches: dicts of int64 (batch, seq_len): input_ids, labels, position_ids. What comes after
             the last label of a row counts as padding.
         offsets: layers, numbered from 1, after which offsets will put the residual stream right in
-            training: what is missing before is then not missing behind.
+            training: stand-ins behind them need not make up for what was missing before them.
         work: where activations wait; a call with the same directory after a crash goes on at the
             sub-block it had reached. Emptied at the end.
         dtype: of the computation (autocast).
@@ -98,7 +97,8 @@ def compensate(
         backward, that its stand-in leaves, the mean; tokens: fitted on.
 
     Raises:
-        UserError: the model has stand-ins already; gradients without offsets after every layer.
+        UserError: rank 0; the model has stand-ins already; gradients without offsets after every
+            layer.
         ValueError: no calibration tokens, or NaN or Inf came out of a layer (named).
     """
     if work is None:
@@ -106,6 +106,8 @@ def compensate(
             options: dict[str, Any] = {"work": Path(name), "device": device, "dtype": dtype}
             options["offsets"] = offsets
             return compensate(source, pruned, out, batches, config, **options)
+    if not config.rank:
+        refuse("compensate.rank", 0, "1 or more")
     batches, out = list(batches), Path(out)
     tokens = sum(int(not_padding(batch).sum()) for batch in batches)
     if not any((batch["labels"][:, 1:] != -100).any() for batch in batches):
@@ -131,20 +133,19 @@ def compensate(
         for name, p, q, left in found:
             stored = {f"{name}.stand_in.P": p.cpu(), f"{name}.stand_in.Q": q.cpu()}
             write_part(done, name, stored)
-            rewrite(report, json.dumps(_read(report) | {name: left}))
+            note(report, {name: left})
     out.mkdir(parents=True, exist_ok=True)
     for part in small.checkpoint.parts():
-        names = small.checkpoint.names(part) or [part]
-        write_part(out, part, {name: small.checkpoint.read(name) for name in names})
+        write_part(out, part, small.checkpoint.tensors(part))
     for file in done.glob("*.safetensors"):
-        (out / file.name).write_bytes(file.read_bytes())
+        link(file, out / file.name)
     write_index(out)
     ranks = dict.fromkeys(blocks, min(config.rank, full.config.hidden_size))
     compensated_config(small.config, ranks).save_pretrained(out)
     copy_companions(small.checkpoint.path, out)
     copy_masks(small.checkpoint.path, out)
     spool.clear()
-    missing = list(_read(report).values())
+    missing = list(noted(report).values())
     return {"missing": sum(missing) / max(len(missing), 1), "tokens": tokens}
 
 
@@ -154,7 +155,3 @@ def _blocks(full: Layers, pruned: Path) -> list[str]:
     for i in range(len(full)):
         removed |= set(layer_masks(pruned, i))
     return blocks_to_fill(removed)
-
-
-def _read(report: Path) -> dict[str, float]:
-    return dict(json.loads(report.read_text())) if report.exists() else {}

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that is not trained, as in torch and transformers
 
+# Llama 3's templates write today's date unless they are given one.
+CHAT_OPTIONS = {"date_string": "26 Jul 2024"}
+
 MARK = "[answer 7f3d9ac1 "  # stands in an answer's place; no text is expected to hold it
 
 # For base models without a template. Written so that a reader sees what the model sees, and so
@@ -156,8 +159,7 @@ def _render(
 
 def _apply(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
     try:
-        # Llama 3's templates write today's date unless they are given one.
-        return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024")
+        return tokenizer.apply_chat_template(messages, tokenize=False, **CHAT_OPTIONS)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses it: {error}") from None
 

@@ -70,7 +70,7 @@ def write_targets(
             hidden = (spool.read(f"input-{i}", n) for n in range(len(batches)))
             if i in chosen:
                 kept.write_several(f"hidden-{i}", map(to_float8, hidden))
-            elif i == len(layers):
+            if i == len(layers):
                 norm, head = layers.head()
                 normed = (norm(h.to(layers.device)) for h in hidden)
                 kept.write_several("top", (_top(head, h, config.top) for h in normed))
@@ -84,7 +84,7 @@ def write_targets(
 def hidden_layers(count: int, config: DistilConfig) -> list[int]:
     """The layers whose inputs are kept, of `count`; the first's, the embeddings, never is one."""
     parts = config.hidden_layers + 1
-    return sorted({round(count * j / parts) for j in range(1, parts)} - {0})
+    return sorted({round(count * j / parts) for j in range(1, parts)} - {0, count})
 
 
 def target_bytes(config: PreTrainedConfig, distil: DistilConfig, positions: int) -> int:
@@ -125,6 +125,7 @@ class DistilLoss(CausalLoss):
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, **targets: Any
     ) -> Tensor:
+        """As `CausalLoss`; `targets` as of `Targets.fetch`, of the same rows."""
         if not targets:
             return super().forward(input_ids, labels, position_ids)
         out = self.model.model(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loram.data import IGNORED
+from loram.data import CHAT_OPTIONS, IGNORED
 from loram.loss import Batch, CausalLoss, to_device
 from loram.packing import Packed
 from loram.parallel import world
@@ -46,7 +46,7 @@ def perplexity(
     for batch in batches:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             totals[0] += module(**to_device(batch, device))
-        totals[1] += int((batch["labels"][:, 1:] != -100).sum())
+        totals[1] += int((batch["labels"][:, 1:] != IGNORED).sum())
     module.train(was_training)
     if world()[1] > 1:
         dist.all_reduce(totals)
@@ -65,7 +65,6 @@ def generate(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    top_p: float = 1.0,
 ) -> str:
     """The model's continuation of a text, or its answer to messages through the chat template.
 
@@ -80,10 +79,14 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="pt")
     else:
         inputs = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            prompt,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            **CHAT_OPTIONS,
         )
     inputs = inputs.to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

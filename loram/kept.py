@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from loram.errors import refuse
+
 FILE = "kept.safetensors"
 
 
@@ -99,7 +101,13 @@ class Kept:
 
     @staticmethod
     def load(directory: Path) -> "Kept":
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: nothing is there.
+        """
+        if not (Path(directory) / FILE).is_file():
+            refuse("pruned", f"{directory} without {FILE}", "a pruned model directory")
         tensors = load_file(Path(directory) / FILE)
         layers = range(len(tensors) // 2)
         return Kept(

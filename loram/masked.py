@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loram.errors import refuse
-from loram.masks import layer_file, layer_masks, unpacked
+from loram.masks import layer_file, part_masks, unpacked
 from loram.packed import PackedLinear
 
 PEFT_TYPE = "LORAM_MASKED"
@@ -57,9 +57,8 @@ def set_masks_(model: nn.Module, directory: str | Path) -> None:
         if not isinstance(module, MaskedLora):
             continue
         name = name.removeprefix("base_model.model.")
-        layer = name.split(".")[2]
-        if name not in masks and layer.isdigit():
-            masks |= layer_masks(directory, int(layer))
+        if name not in masks:
+            masks |= part_masks(directory, ".".join(name.split(".")[:3]))
         bits = masks.pop(name, None)
         if isinstance(module.base_layer, PackedLinear):
             held = module.base_layer.bits

@@ -37,6 +37,17 @@ def layer_masks(directory: str | Path, layer: int) -> dict[str, Tensor]:
     return load_file(file) if file.is_file() else {}
 
 
+def part_masks(directory: str | Path, part: str) -> dict[str, Tensor]:
+    """`layer_masks` of a part of a model such as `model.layers.3`; empty for what is no layer."""
+    layer = part.rpartition(".")[2]
+    return layer_masks(directory, int(layer)) if layer.isdigit() else {}
+
+
+def has_masks(directory: str | Path) -> bool:
+    """Whether single weights were pruned there."""
+    return any(Path(directory).glob("masks-*.safetensors"))
+
+
 def of_weights(model: PreTrainedModel, directory: str | Path) -> dict[nn.Parameter, Tensor]:
     """The bool mask of every weight of a model in memory; empty for one pruned by groups.
 

@@ -21,6 +21,8 @@ from transformers import (
 from loram.errors import refuse
 from loram.pruned import PREFIX, SUPPORTED, config_class_of, model_class
 
+INDEX = "model.safetensors.index.json"
+
 
 def load(
     path: str | Path, *, dtype: torch.dtype = torch.bfloat16, nf4: bool = False, device: str = "cpu"
@@ -31,7 +33,8 @@ def load(
         dtype: dtype of the weights, and with NF4 of those that stay unquantised and of compute.
         nf4: quantise the decoder's linears to NF4 with double quantisation while loading; a
             directory that was saved in NF4 is opened as such without it.
-        device: or `auto`: on the GPU what fits there, the rest in memory until it is needed there.
+        device: such as `cpu` or `cuda:1`; with `auto` what fits is on the GPU, and the rest waits in
+            memory until it is needed there.
 
     Raises:
         UserError: the directory is not a model, or one of another architecture.
@@ -61,14 +64,16 @@ def local(path: str | Path) -> Path:
         return Path(path)
     return Path(
         snapshot_download(
-            str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+            str(path),
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"],
+            ignore_patterns="consolidated*",  # the same weights once more, under other names
         )
     )
 
 
 def save(model: PreTrainedModel, directory: Path) -> None:
     """Write `config.json` and sharded safetensors that `load` opens bit-equal."""
-    model.save_pretrained(directory, safe_serialization=True)
+    model.save_pretrained(directory)
 
 
 def nf4_config(dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
@@ -123,7 +128,21 @@ def check_weights(path: Path, setting: str = "model") -> None:
     Raises:
         UserError: names the file.
     """
-    index = path / "model.safetensors.index.json"
+    for file in weight_files(path, setting):
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # opening compares the header with the file's size
+        except SafetensorError as error:
+            refuse(setting, f"{file}, damaged ({error})", "whole safetensors files")
+
+
+def weight_files(path: Path, setting: str = "model") -> list[Path]:
+    """The safetensors of a local model directory.
+
+    Raises:
+        UserError: one is missing (named).
+    """
+    index = path / INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
@@ -131,8 +150,4 @@ def check_weights(path: Path, setting: str = "model") -> None:
     for name in names:
         if not (path / name).is_file():
             refuse(setting, f"{path} without {name}", "a model directory with safetensors weights")
-        try:
-            with safe_open(path / name, framework="pt"):
-                pass  # opening compares the header with the file's size
-        except SafetensorError as error:
-            refuse(setting, f"{path / name}, damaged ({error})", "whole safetensors files")
+    return [path / name for name in names]

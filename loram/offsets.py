@@ -28,10 +28,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loram.adapter import adapt_layer_, open_adapted
+from loram.adapter import open_adapted
 from loram.by_row import INFO, ByRow, from_float8, to_float8, write_info
+from loram.errors import refuse
 from loram.layers import Layers, Spool, walk
 from loram.loss import Batch, CausalLoss
+from loram.merge import adapt_layer_
 from loram.model import load
 from loram.shards import finite, link
 
@@ -64,8 +66,8 @@ def offset_bytes(config: PreTrainedConfig, layers: int, positions: int) -> int:
 
 
 def working_bytes(config: PreTrainedConfig, layers: int, positions: int) -> int:
-    """What its work directory holds beside that at most, in bfloat16: the large model's streams
-    where they are corrected, and in float32 what goes into a layer and what comes out."""
+    """What its work directory holds beside that at most: the large model's residual stream at every
+    place that is corrected, in bfloat16, and before and after one layer, in float32."""
     kept = min(layers, config.num_hidden_layers)
     return positions * config.hidden_size * (2 * kept + 8 * (kept > 0))
 
@@ -104,8 +106,11 @@ def write_offsets(
     Returns: bytes; tokens.
 
     Raises:
+        UserError: no layers.
         ValueError: NaN or Inf came out of a layer (named).
     """
+    if not layers:
+        refuse("offset.layers", 0, "1 or more")
     done = work / "done"
     if not (done / INFO).exists():
         adapt = partial(adapt_layer_, adapters[1]) if adapters else None
@@ -163,11 +168,14 @@ class OffsetLoss(CausalLoss):
         position_ids: Tensor,
         **offsets: Tensor,
     ) -> Tensor:
+        """As `CausalLoss`; `offsets` as of `Offsets.fetch`, of the same rows."""
         self._offsets = offsets
         loss = super().forward(input_ids, labels, position_ids)
         self._offsets = {}
         return loss
 
+    # Under gradient checkpointing it is called again on the way back, when there are none any more:
+    # right, for what is added is a constant, of which nothing is kept for the backward pass.
     def _add(self, k: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not self._offsets:
             return output

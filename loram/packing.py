@@ -97,6 +97,7 @@ def write_packed(
         rejected.
     """
     out.mkdir(parents=True, exist_ok=True)
+    _open.cache_clear()  # of what was there before
     vector = pa.list_(pa.int32(), seq_len)
     schema = pa.schema([("row", pa.int64()), *((name, vector) for name in ARRAYS)])
     count = dict.fromkeys(("rows", "tokens", "trained_tokens", "documents", "truncated"), 0)

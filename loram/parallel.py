@@ -55,7 +55,7 @@ def shard(module: CausalLoss, device: torch.device) -> nn.Module:
 def masters_(module: nn.Module) -> nn.Module:
     """Turn the weights that are trained into fp32, in place: bf16 would lose small updates."""
     for weight in module.parameters():
-        if weight.requires_grad:
+        if weight.requires_grad and weight.dtype != torch.float32:
             weight.data = weight.data.float()
     return module
 
@@ -88,11 +88,15 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def load_weights(path: Path, model: PreTrainedModel) -> None:
-    """Put the trained weights of `save_state` into a plain model, in that model's dtype."""
+    """Put the trained weights of `save_state` into a plain model, in that model's dtype.
+
+    Raises:
+        KeyError: a weight that this model does not have.
+    """
     reader = HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
     weights = dict(CausalLoss(model).named_parameters())
-    found = {name: weight.data for name, weight in weights.items() if name in saved}
+    found = {name: weights[name].data for name in saved if not name.startswith("exp_avg")}
     dcp.load(found, storage_reader=reader, no_dist=True)
 
 

@@ -99,13 +99,17 @@ def score(
     """Importance of every group of the full model; `rand` looks at neither weights nor batches.
 
     Options are those of `taylor_scores`.
+
+    Raises:
+        UserError: a method that does not prune groups; `loram.sparse.sparsify` does semi and unst.
     """
+    _check_structured(config)
     if config.method == "rand":
         return random_scores(read_config(source), config.seed)
     return taylor_scores(source, batches, **options)
 
 
-def widths(config: PreTrainedConfig, prune: PruneConfig) -> tuple[int, int]:
+def widths(config: PreTrainedConfig, pruning: PruneConfig) -> tuple[int, int]:
     """KV heads and neurons that stay in a pruned layer, by the size rule of the authors' code.
 
     neurons = I - ceil(I * ratio); with grouped queries KV heads = K - int(K * ratio), with one
@@ -113,9 +117,11 @@ def widths(config: PreTrainedConfig, prune: PruneConfig) -> tuple[int, int]:
     in floats int(40 * (1 - 0.9)) is 3.
 
     Raises:
-        UserError: unknown method, a ratio outside [0, 1), or nothing left of a layer.
+        UserError: a method that does not prune groups, a ratio outside [0, 1), or nothing left of a
+            layer.
     """
-    share = Decimal(str(ratio(prune)))
+    share = Decimal(str(ratio(pruning)))
+    _check_structured(pruning)
     heads, kv_heads, size = (
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -127,7 +133,7 @@ def widths(config: PreTrainedConfig, prune: PruneConfig) -> tuple[int, int]:
         kept_kv = kv_heads - int(kv_heads * share)
     neurons = size - math.ceil(size * share)
     if neurons < size:
-        neurons = min(size, prune.multiple * math.floor(neurons / prune.multiple + 0.5))
+        neurons = min(size, pruning.multiple * math.floor(neurons / pruning.multiple + 0.5))
     if kept_kv < 1 or neurons < 1:
         refuse(
             "prune.ratio",
@@ -137,11 +143,23 @@ def widths(config: PreTrainedConfig, prune: PruneConfig) -> tuple[int, int]:
     return kept_kv, neurons
 
 
-def choose(scores: Scores, config: PreTrainedConfig, prune: PruneConfig) -> Kept:
-    """Keep the most important groups of every pruned layer; the same share in each."""
-    kept_kv, kept_neurons = widths(config, prune)
+def _check_structured(config: PruneConfig) -> None:
+    if config.method not in STRUCTURED:
+        refuse("prune.method", repr(config.method), ", ".join(STRUCTURED))
+
+
+def choose(scores: Scores, config: PreTrainedConfig, pruning: PruneConfig) -> Kept:
+    """Keep the most important groups of every pruned layer; the same share in each.
+
+    Args:
+        config: of the full model.
+
+    Raises:
+        UserError: as of `widths`.
+    """
+    kept_kv, kept_neurons = widths(config, pruning)
     layers = config.num_hidden_layers
-    pruned = range(prune.keep_first, layers - prune.keep_last)
+    pruned = range(pruning.keep_first, layers - pruning.keep_last)
 
     def top(row: Tensor, count: int, layer: int) -> Tensor:
         if layer not in pruned:
@@ -168,13 +186,13 @@ def prune(source: str | Path, out: Path, kept: Kept) -> None:
     config = read_config(source)
     slices = kept.slices(config)
     for part in checkpoint.parts():
-        tensors = {}
-        for name in checkpoint.names(part) or [part]:
+        tensors = checkpoint.tensors(part)
+        for name, tensor in tensors.items():
             module, _, parameter = name.rpartition(".")
-            tensor, cut = finite(checkpoint.read(name), name), slices.get(module)
+            finite(tensor, name)
+            cut = slices.get(module)
             if cut and (parameter == "weight" or cut.dim == 0):
-                tensor = cut.take(tensor)
-            tensors[name] = tensor
+                tensors[name] = cut.take(tensor)
         write_part(out, part, tensors)
     write_index(out)
     pruned_config(config, kept).save_pretrained(out)
@@ -184,6 +202,6 @@ def prune(source: str | Path, out: Path, kept: Kept) -> None:
 
 def copy_companions(source: Path, out: Path) -> None:
     """Copy tokenizer, chat template, generation config and kept indices to another directory."""
-    for pattern in COMPANIONS:
-        for file in Path(source).glob(pattern):
+    for names in COMPANIONS:
+        for file in Path(source).glob(names):
             shutil.copyfile(file, Path(out) / file.name)

@@ -3,27 +3,29 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loram.model import local
-
-INDEX = "model.safetensors.index.json"
+from loram.model import INDEX, local, weight_files
 
 
 class Checkpoint:
     """The safetensors of a model directory (or hub id), read by name.
 
     Files are memory-mapped: what is read and dropped again is never part of a process's own memory.
+
+    Raises:
+        UserError: a file is missing.
     """
 
     def __init__(self, source: str | Path) -> None:
         self.path = local(source)
         self._files = {}
-        for file in sorted(self.path.glob("model*.safetensors")):
+        for file in weight_files(self.path):
             opened = safe_open(file, framework="pt")
             # LLaMA-2's checkpoints also hold rotary frequencies, which every loader computes.
             names = [n for n in opened.keys() if not n.endswith(".rotary_emb.inv_freq")]
@@ -37,6 +39,10 @@ class Checkpoint:
         """A tensor in its stored dtype."""
         return self._files[name].get_tensor(name)
 
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """All tensors of one of `parts`, by name."""
+        return {name: self.read(name) for name in self.names(part) or [part]}
+
     def parts(self) -> list[str]:
         """What to read together: each decoder layer, and every tensor outside of them."""
         found: dict[str, None] = {}
@@ -47,7 +53,7 @@ class Checkpoint:
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:
-    """The tensor.
+    """The tensor itself, if all of it is finite.
 
     Raises:
         ValueError: NaN or Inf in it.
@@ -77,6 +83,16 @@ def rewrite(file: Path, text: str) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(file)
+
+
+def note(file: Path, more: Mapping[str, float]) -> None:
+    """Add to a small JSON object; a crash or a full disk leaves the old one."""
+    rewrite(file, json.dumps(noted(file) | dict(more)))
+
+
+def noted(file: Path) -> dict[str, float]:
+    """What `note` wrote, if anything."""
+    return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
 def link(source: str | Path, target: str | Path) -> None:

@@ -4,7 +4,6 @@ Each layer is pruned from the inputs that it gets from the layers pruned before 
 make up for their errors too. q, k and v share their inputs, and gate and up theirs: four Hessians.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ from loram.errors import refuse
 from loram.kept import Kept
 from loram.layers import Layers, Spool, forward
 from loram.loss import Batch
-from loram.masks import layer_file, layer_masks, packed, unpacked
+from loram.masks import layer_file, packed, part_masks, unpacked
 from loram.model import read_config
 from loram.packed import stored
 from loram.prune import PruneConfig, copy_companions, pattern
@@ -26,8 +25,9 @@ from loram.shards import (
     Checkpoint,
     finite,
     link,
+    note,
+    noted,
     part_file,
-    rewrite,
     write_index,
     write_part,
 )
@@ -78,7 +78,7 @@ def sparsify(
         with TemporaryDirectory(dir=out.parent) as directory:
             return sparsify(source, out, batches, config, work=Path(directory), device=device)
     batches, removed = list(batches), pattern(config)
-    if not any((batch["labels"] != -100).any() for batch in batches):
+    if not any((batch["labels"][:, 1:] != -100).any() for batch in batches):
         raise ValueError("the calibration rows hold no token to predict")
     layers, spool, done = Layers(source, device=device), Spool(work / "activations"), work / "done"
     done.mkdir(parents=True, exist_ok=True)
@@ -88,10 +88,10 @@ def sparsify(
     reached = next(i for i in range(len(layers) + 1) if f"input-{i}" in spool.names())
     for i in range(reached, len(layers)):
         dampings = sparsify_layer(layers, i, batches, spool, removed, done)
-        rewrite(report, json.dumps(_read(report) | dampings))
+        note(report, dampings)
         spool.drop(f"input-{i}")
     _finish(layers, done, out)
-    found = _read(report)
+    found = noted(report)
     spool.clear()
     return {
         "highest_damping": max(found.values()),
@@ -113,10 +113,8 @@ def pack(source: Path, out: Path, nf4: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     survivors: dict[str, int] = {}
     for part in checkpoint.parts():
-        tensors = {name: checkpoint.read(name) for name in checkpoint.names(part) or [part]}
-        layer = part.rpartition(".")[2]
-        masks = layer_masks(source, int(layer)) if layer.isdigit() else {}
-        for module, bits in masks.items():
+        tensors = checkpoint.tensors(part)
+        for module, bits in part_masks(source, part).items():
             weight = tensors.pop(f"{module}.weight")
             values = weight[unpacked(bits, weight.shape[1])].to(torch.bfloat16)
             survivors[module] = len(values)
@@ -150,9 +148,9 @@ def sparsify_layer(
         del upper
     tensors = {}
     for name, tensor in layer.state_dict().items():
-        stored = tensor.to(layers.checkpoint.read(f"{part}.{name}").dtype)
-        tensor.copy_(stored)  # what follows sees the weights as they are kept
-        tensors[f"{part}.{name}"] = stored.cpu()
+        kept = tensor.to(layers.checkpoint.read(f"{part}.{name}").dtype)
+        tensor.copy_(kept)  # what follows sees the weights as they are kept
+        tensors[f"{part}.{name}"] = kept.cpu()
     write_part(done, part, tensors)
     save_file(masks, layer_file(done, i))
     spool.write(f"input-{i + 1}", forward(layers, i, layer, batches, spool))
@@ -198,7 +196,3 @@ def _finish(layers: Layers, done: Path, out: Path) -> None:
     layers.config.save_pretrained(out)
     copy_companions(layers.checkpoint.path, out)
     Kept.whole(layers.config).save(out)
-
-
-def _read(report: Path) -> dict[str, float]:
-    return dict(json.loads(report.read_text())) if report.exists() else {}

@@ -1,7 +1,7 @@
 """SparseGPT (Frantar and Alistarh, 2023): remove single weights, and let the others make up for it.
 
 For one matrix at a time, from the second moments of its inputs. `sparsify_` is the algorithm;
-`Hessian` gathers what it needs; `pattern` says what is removed.
+`Hessian` gathers what it needs; a `Pattern` says what is removed.
 """
 
 from dataclasses import dataclass
@@ -108,9 +108,7 @@ def _reverse_(matrix: Tensor) -> None:
         matrix[size // 2] = matrix[size // 2].flip(0)
 
 
-def sparsify_(
-    weight: Tensor, upper: Tensor, dead: Tensor, pattern: Pattern, block: int = BLOCK
-) -> Tensor:
+def sparsify_(weight: Tensor, upper: Tensor, dead: Tensor, pattern: Pattern) -> Tensor:
     """Prune a matrix in place, column by column; the error of each goes to the columns after it.
 
     Args:
@@ -121,7 +119,7 @@ def sparsify_(
     """
     mask = torch.ones_like(weight, dtype=torch.bool)
     weight[:, dead] = 0
-    block -= block % (pattern.group or 1)
+    block = BLOCK - BLOCK % (pattern.group or 1)
     for start in range(0, weight.shape[1], block):
         columns = slice(start, min(start + block, weight.shape[1]))
         # Columns as rows: what the loop touches then lies side by side in memory.

@@ -43,8 +43,8 @@ def stand_in_(block: nn.Module, hidden: int, rank: int) -> None:
 
 
 def blocks_to_fill(cut: Iterable[str]) -> list[str]:
-    """Attention and MLP, `model.layers.<i>.self_attn` and `.mlp`, of every layer of which one of
-    its linears was cut: also a whole sub-block's input is no longer what it was."""
+    """Attention and MLP, `model.layers.<i>.self_attn` and `.mlp`, of every layer of which a
+    linear was cut; both, for behind a cut attention also a whole MLP gets another input."""
     layers = sorted({int(name.split(".")[2]) for name in cut})
     return [f"model.layers.{i}.{block}" for i in layers for block in ("self_attn", "mlp")]
 

@@ -5,7 +5,7 @@ config = TrainConfig(steps=100, lr=1e-3, global_batch=32)
 ids = order(packed.rows, config.steps * config.global_batch, config.seed)
 for log in train(model, batches(packed, ids, 4), config):
     print(log.step, log.loss)
-model.save_pretrained("adapter")
+save_adapter(model, Path("adapter"))
 """
 
 import math
@@ -90,8 +90,9 @@ def train_all_(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trained weights, its moments allocated at once so that they can be loaded."""
-    weights = [w for w in module.parameters() if w.requires_grad]
+    """AdamW over the trained weights, which become fp32 (`masters_`), its moments allocated at once
+    so that they can be loaded."""
+    weights = [w for w in masters_(module).parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(
         weights, lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
@@ -138,7 +139,7 @@ def train(
     """
     module = CausalLoss(model) if hasattr(model, "get_output_embeddings") else model
     if optimizer is None:
-        optimizer = adamw(masters_(module), config)
+        optimizer = adamw(module, config)
     weights = optimizer.param_groups[0]["params"]
     device = weights[0].device
     rank, size = world()

@@ -185,6 +185,8 @@ def test_bad_input_is_named(tmp_path):
     first["labels"][:, 1:] = -100  # what no position predicts
     with pytest.raises(ValueError, match="no token to predict"):
         again(tmp_path, 4, "x", batches=[first])
+    with pytest.raises(UserError, match="compensate.rank: found 0"):
+        again(tmp_path, 0, "x")
     with pytest.raises(UserError, match="compensated already"):
         compensate(
             tmp_path / "base", tmp_path / "small", tmp_path / "x", rows(2), CompensateConfig(4)

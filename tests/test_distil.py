@@ -70,6 +70,17 @@ def test_targets_are_those_of_the_whole_model(family, tmp_path):
         Targets(tmp_path / "out").fetch(torch.tensor([31]))
 
 
+def test_what_comes_out_of_the_last_layer_is_none_of_the_hidden_states():
+    """The final norm stands behind it; its targets are the next tokens."""
+    assert [hidden_layers(n, DistilConfig()) for n in (1, 2, 3, 4, 32)] == [
+        [],
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [8, 16, 24],
+    ]
+
+
 def test_the_loss_by_hand(tmp_path):
     """With the whole vocabulary kept it is the exact divergence; the large model has none."""
     save(tiny_model("llama"), tmp_path / "base")

@@ -109,6 +109,22 @@ def test_messages_go_through_the_chat_template(writer, tokenizer):
     assert ours == generate(writer, tokenizer, text, max_new_tokens=8)
 
 
+def test_a_template_that_writes_the_date_writes_that_of_training(writer, tokenizer):
+    """As Llama 3's do: the model must see on any day what it saw when it was trained."""
+    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    other.chat_template = (
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    asked = [{"role": "user", "content": "Two and two?"}]
+    answered = [*asked, {"role": "assistant", "content": "4"}]
+    trained = other.decode(encode_chat(answered, other, 64).ids)
+    prompt = trained.partition("?")[0] + "?"
+    assert "Two and two?" in prompt != other.apply_chat_template(asked, tokenize=False)
+    ours = generate(writer, other, asked, max_new_tokens=8)
+    assert ours == generate(writer, other, prompt, max_new_tokens=8)
+
+
 def test_sampling_follows_the_seed(writer, tokenizer):
     texts = []
     for seed in (0, 0, 1):

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import loram.kept
 import loram.prune
-from loram.adapter import AdapterConfig, attach, merge, open_adapted, recover, restrict_
+from loram.adapter import AdapterConfig, attach, recover, restrict_
 from loram.errors import UserError
 from loram.kept import Kept, Slice, head_dim
 from loram.model import load, read_config, register, save
@@ -296,17 +296,6 @@ def test_lora_at_the_kept_positions_stays_there(family, tmp_path):
         assert factor.any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merged_equals_unmerged(family, tmp_path):
-    make(family, tmp_path)
-    trained(tmp_path)
-    recover(tmp_path / "adapter", tmp_path / "pruned", tmp_path / "base", tmp_path / "recovered")
-    expected = logits(open_adapted(tmp_path / "base", tmp_path / "recovered", dtype=torch.float32))
-    merge(tmp_path / "base", tmp_path / "recovered", tmp_path / "merged", dtype=torch.float32)
-    got = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
-    assert (got - expected).abs().max() < 1e-4
-
-
 def test_take_and_put():
     cut = Slice(1, torch.tensor([0, 2, 5]), 6)
     weight = torch.randn(4, 6)
@@ -323,7 +312,12 @@ def test_other_adapters_are_refused(tmp_path):
     trained(tmp_path)
     file = tmp_path / "adapter" / "adapter_config.json"
     plain = json.loads(file.read_text())
-    for change in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"peft_type": "IA3"}):
+    for change in (
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "IA3"},
+        {"bias": "lora_only"},
+    ):
         file.write_text(json.dumps(plain | change))
         with pytest.raises(UserError, match=next(iter(change))):
             recover(tmp_path / "adapter", tmp_path / "pruned", tmp_path / "base", tmp_path / "r")

@@ -10,16 +10,16 @@ from safetensors.torch import save_file
 
 from loram.adapter import (
     AdapterConfig,
-    adapt_layer_,
     attach,
-    merge,
     open_adapted,
     recover,
+    restrict_,
     save_adapter,
 )
 from loram.errors import UserError
 from loram.layers import Layers
 from loram.masks import layer_file, layer_masks, unpacked
+from loram.merge import adapt_layer_, merge
 from loram.model import load
 from loram.sparse import pack
 from loram.train import TrainConfig, train
@@ -40,7 +40,7 @@ def test_trained_recovered_and_merged(family, masked, tmp_path):
     pruned, base = tmp_path / "pruned", tmp_path / "base"
     recover(tmp_path / "adapter", pruned, base, tmp_path / "recovered")
     opened = open_adapted(base, tmp_path / "recovered", dtype=torch.float32)
-    merge(base, tmp_path / "recovered", tmp_path / "merged", dtype=torch.float32)
+    merge(base, tmp_path / "recovered", tmp_path / "merged")
     full, merged = load(base, dtype=torch.float32), load(tmp_path / "merged", dtype=torch.float32)
     assert (logits(merged) - logits(opened)).abs().max() < 1e-4
     assert (logits(merged) - logits(full)).abs().max() > 1e-3
@@ -61,6 +61,8 @@ def test_trained_recovered_and_merged(family, masked, tmp_path):
         before, after = (m.get_submodule(name).weight.detach() for m in (full, merged))
         gone = ~unpacked(bits, before.shape[1])
         outside = max(outside, float((after - before)[gone].abs().max()))
+    with pytest.raises(UserError, match="bound: found .* of which single weights were pruned"):
+        restrict_(model, pruned)
     if masked:
         assert outside == 0
         other = layer_masks(pruned, 1)
@@ -78,3 +80,10 @@ def test_trained_recovered_and_merged(family, masked, tmp_path):
             json.loads((tmp_path / "recovered" / "adapter_config.json").read_text())["peft_type"]
             == "LORA"
         )
+
+
+def test_a_mask_is_missed_by_name_outside_of_the_layers(tmp_path):
+    make("llama", tmp_path)
+    lora = AdapterConfig(targets=("q_proj", "lm_head"), masked=True)
+    with pytest.raises(UserError, match="without a mask for lm_head"):
+        attach(load(tmp_path / "pruned"), lora)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from loram.adapter import attach
+from loram.errors import UserError
 from loram.loss import CausalLoss
 from loram.model import load, save
 from loram.offsets import OffsetConfig, OffsetLoss, Offsets, evenly, offset_bytes, write_offsets
@@ -122,6 +123,11 @@ def test_what_trains_is_the_adapter_alone_and_checkpointing_changes_nothing(tmp_
         factors.append({name: w for name, w in after.items() if "lora_" in name})
     for name, factor in factors[0].items():
         assert torch.allclose(factor, factors[1][name], atol=1e-6)
+
+
+def test_without_layers_there_is_nothing_to_find(tmp_path):
+    with pytest.raises(UserError, match="offset.layers: found 0"):
+        write_offsets("base", tmp_path, tmp_path / "out", numbered(), 0, work=tmp_path / "work")
 
 
 def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):

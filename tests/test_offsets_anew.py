@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loram.adapter import AdapterConfig, adapt_layer_, attach, open_adapted, recover, save_adapter
+from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter
 from loram.errors import UserError
 from loram.layers import Layers
 from loram.loss import CausalLoss
+from loram.merge import adapt_layer_
 from loram.model import load, save
 from loram.offsets import OffsetLoss, Offsets
 from loram.packing import batches, order

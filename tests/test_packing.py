@@ -130,6 +130,14 @@ def test_random_access_over_files_and_row_groups(tmp_path):
             packed.fetch(np.array(outside))
 
 
+def test_rows_written_anew_in_the_same_place(tmp_path):
+    """A notebook's cell that is run once more."""
+    for count in (3, 200):
+        write_packed(tmp_path, cut(documents([16] * count, count), 16), seq_len=16, pad_id=0)
+        found = everything(Packed(tmp_path))
+        assert found["input_ids"][-1].tolist() == documents([16] * count, count)[-1].ids.tolist()
+
+
 def test_batches_are_what_was_asked_for(tmp_path):
     write_packed(tmp_path, cut(documents([16] * 9), 16), seq_len=16, pad_id=0)
     got = list(batches(Packed(tmp_path), order(9, 14, 0), 4))

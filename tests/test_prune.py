@@ -11,7 +11,7 @@ from loram.errors import UserError
 from loram.kept import head_dim
 from loram.model import save
 from loram.prune import PruneConfig, choose, score, widths
-from loram.taylor import Scores
+from loram.taylor import Scores, random_scores
 from tests.conftest import FAMILIES, tiny_model
 
 RULE = [  # heads, KV heads, neurons, ratio, multiple -> KV heads, neurons
@@ -46,6 +46,16 @@ def test_size_rule(heads, kv, size, ratio, multiple, kept_kv, kept):
 def test_impossible_cuts_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         widths(tiny_model("llama").config, PruneConfig(**change))
+
+
+@pytest.mark.parametrize("method", ["semi", "unst"])
+def test_groups_are_not_chosen_for_single_weights(method, tmp_path):
+    config, pruning = tiny_model("llama").config, PruneConfig(method)
+    message = f"prune.method: found '{method}'; accepted: rand, stru"
+    with pytest.raises(UserError, match=message):
+        choose(random_scores(config, 0), config, pruning)
+    with pytest.raises(UserError, match=message):
+        score(tmp_path, [], pruning)
 
 
 def test_a_ratio_that_leaves_no_head_is_refused():

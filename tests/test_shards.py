@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loram.compensate import CompensateConfig, compensate
+from loram.errors import UserError
 from loram.layers import Spool
 from loram.model import load, save
 from loram.prune import PruneConfig, choose, prune, score
@@ -35,6 +36,21 @@ def test_rotary_frequencies_in_a_checkpoint_are_no_weights(tmp_path):
     for made in ("cut", "small", "sparse"):
         assert not any("inv_freq" in name for name in Checkpoint(tmp_path / made).names())
         assert logits(load(tmp_path / made)).isfinite().all()
+
+
+def test_the_files_of_a_checkpoint_are_those_of_its_index(tmp_path):
+    """Whatever they are called, and whatever else lies there."""
+    model = tiny_model("llama")
+    save(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    save_file({"other": torch.ones(1)}, tmp_path / "model-other.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "weights.safetensors")}))
+    assert set(Checkpoint(tmp_path).names()) == set(weights)
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match="without weights.safetensors"):
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["rand", "semi"])

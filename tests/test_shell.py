@@ -53,3 +53,10 @@ def test_an_adapter_that_is_not_one_is_refused_in_one_line(tmp_path):
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     found = f"{tmp_path} without adapter_config.json"
     assert done.stderr == f"error: adapter: found {found}; accepted: a PEFT adapter directory\n"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    done = shell("recover", tmp_path, TINY, TINY, tmp_path / "out")
+    assert done.returncode == 2 and "without adapter_model.safetensors" in done.stderr
+    (tmp_path / "adapter_model.safetensors").write_text("")
+    done = shell("recover", tmp_path, TINY, TINY, tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert done.stderr.startswith("error: adapter: found peft_type None; accepted: LORA")

@@ -150,6 +150,12 @@ def test_alignment_trains_all_but_the_head(tied, packed):
     assert same == {"model.embed_tokens.weight" if tied else "lm_head.weight"}
 
 
+def test_what_is_trained_is_fp32_also_with_an_optimiser_of_ones_own(packed):
+    model = train_all_(tiny_model("llama").to(torch.bfloat16))
+    run(model, packed, optimizer=adamw(model, CONFIG))
+    assert {w.dtype for w in model.parameters() if w.requires_grad} == {torch.float32}
+
+
 @pytest.mark.parametrize("kind", ["align", "sft"])
 def test_a_resumed_run_is_bit_equal(kind, packed, tmp_path):
     def start():

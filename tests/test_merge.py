@@ -1,0 +1,105 @@
+"""An adapter that is added to the weights of its model, beside PEFT's own merging."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter
+from loram.errors import UserError
+from loram.merge import merge
+from loram.model import load, save
+from loram.sparse import pack
+from tests.conftest import FAMILIES, tiny_model
+from tests.sparse_models import make as make_sparse
+from tests.test_laws import ADAPTER, logits, make, trained
+
+
+def weights(directory) -> dict[str, torch.Tensor]:
+    return {
+        k: v for file in directory.glob("model*.safetensors") for k, v in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_equals_unmerged(family, tmp_path):
+    make(family, tmp_path)
+    trained(tmp_path)
+    recover(tmp_path / "adapter", tmp_path / "pruned", tmp_path / "base", tmp_path / "recovered")
+    expected = logits(open_adapted(tmp_path / "base", tmp_path / "recovered", dtype=torch.float32))
+    merge(tmp_path / "base", tmp_path / "recovered", tmp_path / "merged")
+    got = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert (got - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_sum_is_rounded_once_and_all_else_stays_as_it_was(dtype, tmp_path):
+    """In 16 bits: what PEFT makes in float32, rounded; LLaMA-2 is published in float16."""
+    save(tiny_model("qwen2").to(dtype), tmp_path / "base")
+    adapted = attach(load(tmp_path / "base", dtype=torch.float32), ADAPTER)
+    generator = torch.Generator().manual_seed(6)
+    for name, factor in adapted.named_parameters():
+        if "lora_B" in name:
+            factor.data = torch.randn(factor.shape, generator=generator) * 0.1
+    save_adapter(adapted, tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "merged")
+    wanted = adapted.merge_and_unload().state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        assert weight.dtype == dtype
+        changed = name.endswith("proj.weight")
+        assert torch.equal(weight, before[name]) is not changed, name
+        if changed:
+            # The last bit of the product depends on how it was multiplied.
+            apart = (weight.float() - wanted[name].to(dtype).float()).abs() / weight.float().abs()
+            assert (apart > 0).float().mean() < 1e-3 and apart.max() < 2e-2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == dtype
+
+
+def refused(message: str, *words) -> None:
+    """In one line, and nothing is written."""
+    with pytest.raises(UserError, match=message):
+        merge(*words)
+    assert not words[-1].exists()
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    """Not yet recovered, say."""
+    make("llama", tmp_path)
+    trained(tmp_path)
+    words = tmp_path / "base", tmp_path / "adapter"
+    refused(r"adapter: found .*lora_A of shape .* accepted: 96 along dim 1", *words, tmp_path / "o")
+    with pytest.raises(UserError, match="96 along dim 1"):
+        open_adapted(*words)
+    with pytest.raises(UserError, match="of 4; accepted: a model of 3 layers"):
+        make("llama", tmp_path / "other", num_hidden_layers=3)
+        recover(words[1], tmp_path / "other" / "pruned", words[0], tmp_path / "recovered")
+    with pytest.raises(UserError, match="pruned: found .* without kept.safetensors"):
+        recover(words[1], words[0], tmp_path / "pruned", tmp_path / "recovered")
+    assert not (tmp_path / "recovered").exists()
+
+
+def test_weights_that_cannot_take_it_are_refused(tmp_path):
+    make_sparse("llama", tmp_path)
+    pack(tmp_path / "pruned", tmp_path / "packed", nf4=False)
+    save_adapter(attach(load(tmp_path / "packed"), ADAPTER), tmp_path / "adapter")
+    save(load(tmp_path / "pruned", nf4=True), tmp_path / "nf4")
+    for base in (tmp_path / "packed", tmp_path / "nf4"):
+        refused("base: found .*, quantised or packed", base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_an_output_head_is_merged_unless_it_is_the_embeddings(tmp_path):
+    for tied in (False, True):
+        model = tiny_model("llama", tie_word_embeddings=tied)
+        save(model, tmp_path / f"{tied}")
+        adapted = attach(model, AdapterConfig(r=2, targets=("lm_head",)))
+        adapted.base_model.model.lm_head.lora_B["default"].weight.data.fill_(0.1)
+        save_adapter(adapted, tmp_path / f"{tied}-adapter")
+    merge(tmp_path / "False", tmp_path / "False-adapter", tmp_path / "merged")
+    expected = logits(
+        open_adapted(tmp_path / "False", tmp_path / "False-adapter", dtype=torch.float32)
+    )
+    assert (logits(load(tmp_path / "merged", dtype=torch.float32)) - expected).abs().max() < 1e-4
+    words = tmp_path / "True", tmp_path / "True-adapter", tmp_path / "out"
+    refused("an update of lm_head, which is tied", *words)
