@@ -17,6 +17,17 @@ from transformers import PreTrainedConfig
 from loram.errors import refuse
 
 FILE = "kept.safetensors"
+# The linears of a decoder layer: which dimension of the weight (out, in) is cut, and what its rows
+# or columns belong to.
+LINEARS = {
+    "self_attn.q_proj": (0, "query heads"),
+    "self_attn.k_proj": (0, "KV heads"),
+    "self_attn.v_proj": (0, "KV heads"),
+    "self_attn.o_proj": (1, "query heads"),
+    "mlp.gate_proj": (0, "neurons"),
+    "mlp.up_proj": (0, "neurons"),
+    "mlp.down_proj": (1, "neurons"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,20 +73,19 @@ class Kept:
             config: the config of the full model.
         """
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        group, dim = heads // kv_heads, head_dim(config)
+        sizes = widths(config, kv_heads, config.intermediate_size)
         slices = {}
         for i, (kept_kv, kept_neurons) in enumerate(zip(self.kv_heads, self.neurons, strict=True)):
-            attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-            if len(kept_kv) < kv_heads:
-                # Query heads g*n .. g*n+n-1 belong to KV head g: a head's rows are contiguous.
-                kv_rows, q_rows = _spread(kept_kv, dim), _spread(_spread(kept_kv, group), dim)
-                slices[f"{attn}.q_proj"] = Slice(0, q_rows, heads * dim)
-                slices[f"{attn}.k_proj"] = Slice(0, kv_rows, kv_heads * dim)
-                slices[f"{attn}.v_proj"] = Slice(0, kv_rows, kv_heads * dim)
-                slices[f"{attn}.o_proj"] = Slice(1, q_rows, heads * dim)
-            if len(kept_neurons) < config.intermediate_size:
-                for name, cut in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-                    slices[f"{mlp}.{name}"] = Slice(cut, kept_neurons, config.intermediate_size)
+            # Query heads g*n .. g*n+n-1 belong to KV head g: a head's rows are contiguous.
+            queries = _spread(kept_kv, heads // kv_heads)
+            kept = {
+                "query heads": _spread(queries, head_dim(config)),
+                "KV heads": _spread(kept_kv, head_dim(config)),
+                "neurons": kept_neurons,
+            }
+            for name, (dim, what) in LINEARS.items():
+                if len(kept[what]) < sizes[what]:
+                    slices[f"model.layers.{i}.{name}"] = Slice(dim, kept[what], sizes[what])
         return slices
 
     @staticmethod
@@ -120,6 +130,13 @@ def head_dim(config: PreTrainedConfig) -> int:
     """Width of one attention head; not every config states it."""
     stated = getattr(config, "head_dim", None)
     return stated or config.hidden_size // config.num_attention_heads
+
+
+def widths(config: PreTrainedConfig, kv_heads: int, neurons: int) -> dict[str, int]:
+    """Rows or columns of each kind of `LINEARS` in a layer with so many KV heads and neurons."""
+    rows = kv_heads * head_dim(config)
+    group = config.num_attention_heads // config.num_key_value_heads
+    return {"query heads": group * rows, "KV heads": rows, "neurons": neurons}
 
 
 def _spread(index: Tensor, width: int) -> Tensor:

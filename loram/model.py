@@ -33,8 +33,8 @@ def load(
         dtype: dtype of the weights, and with NF4 of those that stay unquantised and of compute.
         nf4: quantise the decoder's linears to NF4 with double quantisation while loading; a
             directory that was saved in NF4 is opened as such without it.
-        device: such as `cpu` or `cuda:1`; with `auto` what fits is on the GPU, and the rest waits in
-            memory until it is needed there.
+        device: such as `cpu` or `cuda:1`; with `auto` on the GPU what fits there, and the rest in
+            memory until it is needed.
 
     Raises:
         UserError: the directory is not a model, or one of another architecture.

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from loram.kept import Kept, head_dim
+from loram.kept import LINEARS, Kept, head_dim, widths
 from loram.packed import PackedLinear
 from loram.stand_in import stand_in_
 
@@ -110,28 +110,20 @@ def _shrink_(model: PreTrainedModel, kv_heads: list[int], neurons: list[int]) ->
     Attention reshapes with -1 heads, and whole KV groups were removed, so the stock forward pass
     runs on the smaller projections as it is.
     """
-    config, dim = model.config, head_dim(model.config)
-    group = config.num_attention_heads // config.num_key_value_heads
-    for layer, kept_kv, kept_neurons in zip(model.model.layers, kv_heads, neurons, strict=True):
-        attn, mlp, kv, q = layer.self_attn, layer.mlp, kept_kv * dim, kept_kv * group * dim
-        for parent, name, out_features, in_features in (
-            (attn, "q_proj", q, None),
-            (attn, "k_proj", kv, None),
-            (attn, "v_proj", kv, None),
-            (attn, "o_proj", None, q),
-            (mlp, "gate_proj", kept_neurons, None),
-            (mlp, "up_proj", kept_neurons, None),
-            (mlp, "down_proj", None, kept_neurons),
-        ):
-            old = getattr(parent, name)
+    for layer, *left in zip(model.model.layers, kv_heads, neurons, strict=True):
+        kept = widths(model.config, *left)
+        for name, (dim, what) in LINEARS.items():
+            old = layer.get_submodule(name)
+            shape = [old.out_features, old.in_features]
+            shape[dim] = kept[what]
             new = nn.Linear(
-                in_features or old.in_features,
-                out_features or old.out_features,
+                shape[1],
+                shape[0],
                 bias=old.bias is not None,
                 device=old.weight.device,
                 dtype=old.weight.dtype,
             )
-            setattr(parent, name, new)
+            layer.set_submodule(name, new)
 
 
 def _pack_(model: PreTrainedModel, survivors: dict[str, int], nf4: bool) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from loram.kept import LINEARS
 from loram.layers import Layers, Spool, keep_inputs, loss_gradients
 from loram.loss import Batch
 
@@ -109,8 +110,8 @@ def _layer_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Write `gradient-<i>`; the scores of layer `i`."""
     layer = layers.layer(i)
-    for weight in _weights(layer):
-        weight.requires_grad_(True)
+    for name in LINEARS:
+        layer.get_submodule(name).weight.requires_grad_(True)
 
     def inputs() -> Iterator[Tensor]:
         for number, batch in enumerate(batches):
@@ -125,24 +126,15 @@ def _layer_gradients(
         return _layer_scores(layer, layers.config.num_key_value_heads, tokens)
 
 
-def _weights(layer: nn.Module) -> list[Tensor]:
-    attn, mlp = layer.self_attn, layer.mlp
-    linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
-    return [m.weight for m in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-
-
 def _layer_scores(layer: nn.Module, kv_heads: int, tokens: int) -> tuple[Tensor, Tensor]:
-    def per_kv_head(x: Tensor) -> Tensor:
-        # Rows (or columns) of a KV group are contiguous, so the leading axis splits by group.
-        return x.reshape(kv_heads, -1).sum(1)
-
-    heads = torch.zeros(kv_heads)
-    neurons = torch.zeros(layer.mlp.gate_proj.out_features)
-    for weight, summed, total in zip(
-        _weights(layer), (1, 1, 1, 0, 1, 1, 0), (heads,) * 4 + (neurons,) * 3, strict=True
-    ):
-        assert weight.grad is not None
-        saliency = weight.grad.float().mul_(weight.float()).abs_().sum(summed).div_(tokens).cpu()
-        total += per_kv_head(saliency) if total is heads else saliency
+    heads, neurons = torch.zeros(kv_heads), torch.zeros(layer.mlp.gate_proj.out_features)
+    for name, (dim, what) in LINEARS.items():
+        weight = layer.get_submodule(name).weight
+        saliency = weight.grad.float().mul_(weight.float()).abs_().sum(1 - dim).div_(tokens).cpu()
+        if what == "neurons":
+            neurons += saliency
+        else:
+            # Rows (or columns) of a KV group are contiguous, so the axis splits by group.
+            heads += saliency.reshape(kv_heads, -1).sum(1)
         weight.grad = None
     return heads, neurons
