@@ -40,35 +40,36 @@ from loram.shards import finite, link
 
 @dataclass(frozen=True)
 class OffsetConfig:
-    """layers: after how many the stream is corrected, evenly, the last always one; 0 for none. A
-    model with fewer is corrected after each.
+    """every: after every so manieth layer, and the last, the stream is corrected; 1: after each; 0:
+    after none.
 
     parts: in how many of equal length SFT is done; before each the offsets of its rows are found.
     """
 
-    layers: int = 0
+    every: int = 0
     parts: int = 1
 
     def spans(self, steps: int) -> list[tuple[int, int]]:
         """Steps before each part of so many, and at its end."""
-        return list(pairwise([0, *evenly(steps, self.parts)]))
+        parts = min(self.parts, steps)
+        return list(pairwise(round(steps * j / parts) for j in range(parts + 1)))
 
 
-def evenly(count: int, parts: int) -> list[int]:
-    """Where each of so many parts of `count` ends; of `count` parts if there are more."""
-    parts = min(parts, count)
-    return [round(count * (j + 1) / parts) for j in range(parts)]
+def corrected(config: PreTrainedConfig, every: int) -> list[int]:
+    """The layers, numbered from 1, after which a model of that config is corrected."""
+    count = config.num_hidden_layers
+    return [i for i in range(1, count + 1) if i % every == 0 or i == count] if every else []
 
 
-def offset_bytes(config: PreTrainedConfig, layers: int, positions: int) -> int:
+def offset_bytes(config: PreTrainedConfig, every: int, positions: int) -> int:
     """What `write_offsets` will write for so many positions, but for the files' headers."""
-    return positions * min(layers, config.num_hidden_layers) * (config.hidden_size + 4)
+    return positions * len(corrected(config, every)) * (config.hidden_size + 4)
 
 
-def working_bytes(config: PreTrainedConfig, layers: int, positions: int) -> int:
+def working_bytes(config: PreTrainedConfig, every: int, positions: int) -> int:
     """What its work directory holds beside that at most: the large model's residual stream at every
     place that is corrected, in bfloat16, and before and after one layer, in float32."""
-    kept = min(layers, config.num_hidden_layers)
+    kept = len(corrected(config, every))
     return positions * config.hidden_size * (2 * kept + 8 * (kept > 0))
 
 
@@ -78,7 +79,7 @@ def write_offsets(
     small: Path,
     out: Path,
     batches: Sequence[Batch],
-    layers: int,
+    every: int,
     *,
     work: Path,
     adapters: tuple[Path, Path] | None = None,
@@ -96,7 +97,7 @@ def write_offsets(
         source: directory or hub id of the full model.
         small: directory of the model that is trained: pruned, aligned, quantised, packed.
         batches: dicts of int64 (batch, seq_len) and `row` (batch); all of one size but the last.
-        layers: after how many, as in `OffsetConfig`.
+        every: as in `OffsetConfig`, at least 1.
         adapters: of the small model as it was trained so far, and the same recovered.
         work: where activations and finished offsets wait; after a crash a call with the same
             directory goes on at the layer of the large model that it had reached, or, when that
@@ -106,17 +107,17 @@ def write_offsets(
     Returns: bytes; tokens.
 
     Raises:
-        UserError: no layers.
+        UserError: after no layer.
         ValueError: NaN or Inf came out of a layer (named).
     """
-    if not layers:
-        refuse("offset.layers", 0, "1 or more")
+    if not every:
+        refuse("offset.every", 0, "1 or more")
     done = work / "done"
     if not (done / INFO).exists():
         adapt = partial(adapt_layer_, adapters[1]) if adapters else None
         full = Layers(source, device=device, adapt=adapt)
         spool, large = Spool(work / "activations"), Spool(work / "large")
-        chosen = evenly(len(full), layers)
+        chosen = corrected(full.config, every)
         mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
         with mixed:
             for i in walk(full, list(batches), spool):

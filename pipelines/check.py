@@ -61,7 +61,7 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     _check_compensation(config, recipe)
     _check_distillation(config, recipe)
-    _at_least("offset.layers", recipe.offset.layers, 0)
+    _at_least("offset.every", recipe.offset.every, 0)
     _at_least("offset.parts", recipe.offset.parts, 1)
     whole = recipe.prune.keep_first + recipe.prune.keep_last
     if recipe.prune.method in STRUCTURED and (
@@ -106,7 +106,7 @@ def _check_pruning(config: PreTrainedConfig, prune: PruneConfig, masked: bool) -
 
 
 def _check_compensation(config: PreTrainedConfig, recipe: Recipe) -> None:
-    compensate, layers = recipe.compensate, config.num_hidden_layers
+    compensate = recipe.compensate
     if not 0 <= compensate.rank <= config.hidden_size:
         refuse("compensate.rank", compensate.rank, f"0 (none) to {config.hidden_size}")
     if compensate.data not in DATA:
@@ -114,9 +114,9 @@ def _check_compensation(config: PreTrainedConfig, recipe: Recipe) -> None:
     _at_least("compensate.rows", compensate.rows, 2 if compensate.data == "both" else 1)
     if not 1e-6 <= compensate.damping < float("inf"):  # less is not positive definite in rounding
         refuse("compensate.damping", compensate.damping, "1e-6 or more")
-    if compensate.rank and compensate.gradients and recipe.offset.layers < layers:
-        found = f"true with offset.layers {recipe.offset.layers}"
-        refuse("compensate.gradients", found, f"offsets after all {layers} layers, or false")
+    if compensate.rank and compensate.gradients and recipe.offset.every != 1:
+        found = f"true with offset.every {recipe.offset.every}"
+        refuse("compensate.gradients", found, "true with offset.every 1, or false")
 
 
 def _check_distillation(config: PreTrainedConfig, recipe: Recipe) -> None:

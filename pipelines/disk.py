@@ -33,9 +33,9 @@ def offset_positions(recipe: Recipe) -> int:
 
 def offsets_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     """What offsets take on disk at most while the last of them are found."""
-    layers, positions = recipe.offset.layers, _part_positions(recipe)
-    kept = offset_bytes(config, layers, sum(positions))
-    return kept + working_bytes(config, layers, max(positions))
+    every, positions = recipe.offset.every, _part_positions(recipe)
+    kept = offset_bytes(config, every, sum(positions))
+    return kept + working_bytes(config, every, max(positions))
 
 
 def _part_positions(recipe: Recipe) -> list[int]:

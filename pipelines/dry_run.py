@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from loram import memory, plan
 from loram.errors import UserError
 from loram.model import read_config
+from loram.offsets import corrected
 from loram.prune import STRUCTURED
 from loram.pruned import compensated_config
 from loram.train import TrainConfig
@@ -92,7 +93,7 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     if recipe.distil.top:
         kept = disk.distil_bytes(recipe, config)
         table.add_row("the large model's targets, bytes on disk at most", f"{kept:,}", "")
-    if recipe.offset.layers:
+    if recipe.offset.every:
         kept = disk.offsets_bytes(recipe, config)
         table.add_row("offsets, bytes on disk at most, while they are found", f"{kept:,}", "")
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
@@ -129,7 +130,8 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
         row("distil" if recipe.distil.top else "align", needed)
     plain = replace(recipe.adapter, masked=False)
     batch = rows, recipe.sft.seq_len, less
-    needed = memory.sft_bytes(small, recipe.adapter, recipe.nf4, *batch, recipe.offset.layers)
+    offsets = len(corrected(config, recipe.offset.every))
+    needed = memory.sft_bytes(small, recipe.adapter, recipe.nf4, *batch, offsets)
     row("sft", needed)
     for name in recipe.compare:
         row(f"sft_{name}", memory.sft_bytes(config, plain, name == "qlora", *batch))
@@ -150,7 +152,7 @@ def _tokens(recipe: Recipe) -> Table:
         table.add_row("compensate", "-", f"{recipe.compensate.rows * seq_len:,}")
     if recipe.align.steps:
         row("distil" if recipe.distil.top else "align", recipe.align)
-    if recipe.offset.layers:
+    if recipe.offset.every:
         table.add_row("offsets", "-", f"{disk.offset_positions(recipe):,}")
     row("sft", recipe.sft)
     for name in recipe.compare:

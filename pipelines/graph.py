@@ -107,7 +107,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         names = data if recipe.compensate.data == "both" else (recipe.compensate.data,)
         fitted: dict[str, Step | Source] = {data[name].name: data[name] for name in names}
         fitted |= {"model": model, "pruned": pruned}
-        config = imitate.StandInsConfig(recipe.compensate, recipe.offset.layers)
+        config = imitate.StandInsConfig(recipe.compensate, recipe.offset.every)
         small = heavy("compensate", imitate.compensate, config, fitted)
     if recipe.align.steps and recipe.distil.top:
         total = recipe.align.steps * recipe.align.global_batch
@@ -134,7 +134,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         config = steps.SftConfig(recipe.sft, replace(recipe.adapter, masked=masked))
         given: dict[str, Step | Source] = {"model": frozen, "instruct": instruct}
         given |= {"kept": kept} if kept else {}
-        if recipe.offset.layers and frozen is small:
+        if recipe.offset.every and frozen is small:
             return in_parts(name, config, given)
         return light(name, steps.sft, config, given)
 
@@ -149,7 +149,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
             read: dict[str, Step | Source] = {"model": model, "small": small, "instruct": instruct}
             read |= earlier | {"pruned": pruned} if found else {}
             wanted = imitate.OffsetsConfig(
-                recipe.offset.layers,
+                recipe.offset.every,
                 train.steps * batch,
                 train.seed,
                 first * batch,

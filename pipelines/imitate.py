@@ -17,7 +17,7 @@ from loram.distil import DistilConfig, write_targets
 from loram.errors import refuse
 from loram.loss import Batch
 from loram.model import read_config
-from loram.offsets import evenly, write_offsets
+from loram.offsets import corrected, write_offsets
 from loram.packing import Packed, batches, order
 from loram.plan import size
 from loram.train import TrainConfig
@@ -28,10 +28,10 @@ from pipelines.step import Metrics
 
 @dataclass(frozen=True)
 class StandInsConfig:
-    """As in the recipe: offset layers decide what stand-ins have to make up for."""
+    """As in the recipe: offsets decide what stand-ins have to make up for."""
 
     compensate: CompensateConfig
-    offset_layers: int
+    offset_every: int
 
 
 def compensate(
@@ -55,7 +55,7 @@ def compensate(
         for rows, count in zip(packed, counts, strict=True)
     ]
     options = {"work": place.spool(work), "device": place.device, "dtype": torch.bfloat16}
-    layers = evenly(read_config(pruned).num_hidden_layers, config.offset_layers)
+    layers = corrected(read_config(pruned), config.offset_every)
     fitted = chain(*rows), config.compensate
     found = loram.compensate.compensate(model, pruned, out, *fitted, offsets=layers, **options)
     stand_ins = size(read_config(out)).stand_ins
@@ -122,10 +122,10 @@ def distil(
 
 @dataclass(frozen=True)
 class OffsetsConfig:
-    """layers: as in `OffsetConfig`. rows, seed: as in `TargetsConfig`, of SFT; of these rows in
+    """every: as in `OffsetConfig`. rows, seed: as in `TargetsConfig`, of SFT; of these rows in
     their order from `first` to before `end`."""
 
-    layers: int
+    every: int
     rows: int
     seed: int
     first: int
@@ -160,7 +160,7 @@ def offsets(
         rows = list(batches(packed, ids, place.micro_batch))
         options: dict[str, Any] = {"device": place.device, "dtype": torch.bfloat16}
         options |= {"work": place.spool(work) / part, "adapters": adapters}
-        found = write_offsets(model, small, out / part, rows, config.layers, **options)
+        found = write_offsets(model, small, out / part, rows, config.every, **options)
         written += int(found["bytes"])
         tokens += round(found["tokens"] * (1 - packed.info["padding"]))
     return {"bytes": written, "tokens": tokens, "peak_memory_bytes": place.peak_memory()}

@@ -41,7 +41,7 @@ def small() -> Recipe:
         calibration_rows=16,
         # What kept most of full LoRA's gain; alignment, which moves weights, loses of it.
         compensate=CompensateConfig(rank=64, gradients=True),
-        offset=OffsetConfig(layers=30, parts=2),
+        offset=OffsetConfig(every=1, parts=2),
         align=TrainConfig(steps=0, lr=5e-5, global_batch=4, warmup_steps=4, eval_every=10),
         # A CPU takes a third of a step to draw dropout's masks, and no row is seen twice.
         adapter=AdapterConfig(dropout=0.0),

@@ -24,11 +24,11 @@ def small_and_large(family, tmp_path, ratio=0.5):
     return tmp_path / "base", tmp_path / "small"
 
 
-def written(tmp_path, base, small, layers, given=None, **options):
-    out = tmp_path / f"offsets-{layers}"
+def written(tmp_path, base, small, every, given=None, **options):
+    out = tmp_path / f"offsets-{every}"
     out.mkdir()
     found = write_offsets(
-        base, small, out, given or numbered(), layers, work=tmp_path / "w", **options
+        base, small, out, given or numbered(), every, work=tmp_path / "w", **options
     )
     return Offsets(out), found
 

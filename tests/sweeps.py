@@ -14,7 +14,7 @@ from pathlib import Path
 from pipelines.assets import home
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = ["test", "align.steps=0", "nf4=false", "offset.layers=2", "offset.parts=2"]
+SETTINGS = ["test", "align.steps=0", "nf4=false", "offset.every=2", "offset.parts=2"]
 SWEEP = ["tune/sweep.py", *SETTINGS, "sft.lr=1e-4..1e-2", "prune.ratio=0.25,0.5", "--trials", "2"]
 # The higher rate goes first, and the other, which is worse, is stopped early.
 SWEEP += ["--concurrent", "1"]

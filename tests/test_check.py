@@ -59,7 +59,7 @@ def refused(capsys, tmp_path):
         ("compensate.data=web", "corpus, task, both"),
         ("compensate.damping=1e-9", "1e-6 or more"),
         ("distil.top=-1", "0 (none) to"),
-        ("offset.layers=-1", "0 or more"),
+        ("offset.every=-1", "0 or more"),
         ("offset.parts=0", "1 or more"),
     ],
 )
@@ -70,8 +70,8 @@ def test_settings(refused, change, names):
 def test_settings_that_exclude_each_other(refused):
     assert "align.steps" in refused("distil.top=32", "align.steps=0")
     assert "bound with prune.method unst" in refused("prune.method=unst", 'compare=["bound"]')
-    fitted = ("compensate.rank=4", "compensate.gradients=true", "offset.layers=3")
-    assert "after all 4 layers" in refused(*fitted)
+    fitted = ("compensate.rank=4", "compensate.gradients=true", "offset.every=2")
+    assert "offset.every 1, or false" in refused(*fitted)
 
 
 def test_whole_layers_are_a_matter_of_the_structured_methods():

@@ -31,7 +31,7 @@ def at_embeddings(model, module, batch, **offsets) -> torch.Tensor:
 def gradient(root, small: str, batch) -> torch.Tensor:
     """With the small model where the large one is."""
     out = root / f"{small}-offsets"
-    write_offsets(root / "base", root / small, out, [batch], 4, work=out / "work")
+    write_offsets(root / "base", root / small, out, [batch], 1, work=out / "work")
     offsets, model = Offsets(out), load(root / small, dtype=torch.float32)
     module = OffsetLoss(model, offsets.layers)
     return at_embeddings(model, module, batch, **offsets.fetch(batch["row"]))

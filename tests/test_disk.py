@@ -8,14 +8,14 @@ from pipelines.recipes import resolve
 
 
 def test_each_part_has_offsets_of_its_rows_and_of_the_held_out_ones():
-    words = ["offset.layers=2", "offset.parts=3", "sft.steps=7", "instruct.held_out=5"]
+    words = ["offset.every=2", "offset.parts=3", "sft.steps=7", "instruct.held_out=5"]
     recipe = resolve("test", words)
     config, batch, length = read_config(recipe.model), recipe.sft.global_batch, recipe.sft.seq_len
     positions = [(steps * batch + 5) * length for steps in (2, 3, 2)]
     assert offset_positions(recipe) == sum(positions)
     kept = offset_bytes(config, 2, sum(positions))
     assert offsets_bytes(recipe, config) == kept + working_bytes(config, 2, positions[1])
-    assert offsets_bytes(resolve("test", [*words, "offset.layers=0"]), config) == 0
+    assert offsets_bytes(resolve("test", [*words, "offset.every=0"]), config) == 0
 
 
 def test_compensation_over_the_longest_rows():

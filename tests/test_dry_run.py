@@ -56,10 +56,10 @@ def test_memory_is_that_of_what_is_trained(printed):
         table = printed("small", *changes)["Estimated peak memory a worker"]
         return {stage: float(cell.removesuffix(" GB")) for stage, (cell,) in table.items()}
 
-    aligned = ["align.steps=20", "offset.layers=0"]
+    aligned = ["align.steps=20", "offset.every=0"]
     fitted = ["compensate.rank=64", "compensate.gradients=false"]
     some = memory(*fitted, "distil.top=32", *aligned)
     plain = memory("compensate.rank=0", *aligned)
     assert "align" not in some and "distil" not in plain
     assert plain["align"] < some["distil"] and plain["sft"] < some["sft"] < some["sft_lora"]
-    assert memory("offset.layers=30")["sft"] > some["sft"]
+    assert memory("offset.every=1")["sft"] > some["sft"]

@@ -94,7 +94,7 @@ def test_every_way_to_close_the_gap(user):
     """In one run, with the bound beside them; NF4."""
     words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
     words += ["distil.top=32", 'compare=["lora","bound"]', "compensate.gradients=true"]
-    words += ["offset.layers=4", "offset.parts=2"]
+    words += ["offset.every=1", "offset.parts=2"]
     log = user("test", *words)
     wanted = {"compensate", "targets", "distil", "quantise", "offsets", "sft_bound", "recover"}
     assert wanted <= made(log)

@@ -40,19 +40,19 @@ def test_only_the_small_model_has_masks():
 
 def test_offsets_are_of_the_rows_and_of_the_small_model():
     """Another rate, or an end before the last step, finds them in the store."""
-    without, plain = steps(), steps("offset.layers=2")
+    without, plain = steps(), steps("offset.every=2")
     assert "offsets" not in without
     changed = {name for name in without if without[name].key != plain[name].key}
     assert changed == {"sft", "recover", "evaluate_small", "evaluate_large"}
     for same in ("sft.lr=1e-4", "sft.stop=2", "adapter.r=4"):
-        assert steps("offset.layers=2", same)["offsets"].key == plain["offsets"].key
+        assert steps("offset.every=2", same)["offsets"].key == plain["offsets"].key
     for other in ("sft.steps=8", "sft.seed=1", "prune.ratio=0.25", "nf4=false"):
-        assert steps("offset.layers=2", other)["offsets"].key != plain["offsets"].key
+        assert steps("offset.every=2", other)["offsets"].key != plain["offsets"].key
 
 
 def trained(*changes: str) -> list[Step]:
     """The trainings of an adapter in four steps and three parts, which end after 1, 3 and 4."""
-    parted = graph("offset.layers=2", "offset.parts=3", *changes)
+    parted = graph("offset.every=2", "offset.parts=3", *changes)
     return parts(sft_of(parted))
 
 
@@ -83,7 +83,7 @@ def test_a_training_that_stops_in_a_part_goes_on_in_it():
 def test_a_trial_makes_the_offsets_of_its_rows_and_nothing_else(monkeypatch):
     started = []
     monkeypatch.setattr(tune.trial, "going_on", lambda earlier, step: started.append(step.name))
-    made = steps("offset.layers=2")
+    made = steps("offset.every=2")
     for name in ("offsets", "sft"):
         tune.trial._training({}, made[name])
     assert started == ["offsets", "sft"]

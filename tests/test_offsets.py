@@ -7,37 +7,39 @@ from loram.adapter import attach
 from loram.errors import UserError
 from loram.loss import CausalLoss
 from loram.model import load, save
-from loram.offsets import OffsetConfig, OffsetLoss, Offsets, evenly, offset_bytes, write_offsets
+from loram.offsets import OffsetConfig, OffsetLoss, Offsets, corrected, offset_bytes, write_offsets
 from loram.prune import PruneConfig
 from loram.sparse import pack, sparsify
 from loram.train import TrainConfig, train
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, tiny_model
 from tests.offsetting import ADAPTER, distance, small_and_large, state, values, written
 from tests.test_distil import numbered, stumbling
 from tests.test_sparse import rows
 
 
-def test_layers_are_spread_evenly_and_the_last_is_among_them():
-    assert evenly(30, 0) == []
-    assert evenly(30, 1) == [30]
-    assert evenly(30, 3) == [10, 20, 30]
-    assert evenly(4, 4) == evenly(4, 9) == [1, 2, 3, 4]
+def test_the_last_layer_is_always_among_them():
+    config = tiny_model("llama").config
+    found = {every: corrected(config, every) for every in range(6)}
+    each = [1, 2, 3, 4]
+    assert found == {0: [], 1: each, 2: [2, 4], 3: [3, 4], 4: [4], 5: [4]}
 
 
 def test_parts_of_a_training_follow_each_other():
-    assert OffsetConfig(4).spans(20) == [(0, 20)]
-    assert OffsetConfig(4, parts=3).spans(20) == [(0, 7), (7, 13), (13, 20)]
-    assert OffsetConfig(4, parts=9).spans(2) == [(0, 1), (1, 2)]
+    assert OffsetConfig(1).spans(20) == [(0, 20)]
+    assert OffsetConfig(1, parts=3).spans(20) == [(0, 7), (7, 13), (13, 20)]
+    assert OffsetConfig(1, parts=9).spans(2) == [(0, 1), (1, 2)]
 
 
-@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize(("every", "layers"), [(4, 1), (3, 2), (1, 4)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_before_the_first_step_the_small_model_answers_as_the_large_one(family, layers, tmp_path):
+def test_before_the_first_step_the_small_model_answers_as_the_large_one(
+    family, every, layers, tmp_path
+):
     base, small = small_and_large(family, tmp_path)
-    offsets, found = written(tmp_path, base, small, layers)
+    offsets, found = written(tmp_path, base, small, every)
     positions = 8 * 48
     assert found["tokens"] == positions
-    planned = offset_bytes(load(base).config, layers, positions)
+    planned = offset_bytes(load(base).config, every, positions)
     assert planned == positions * layers * (64 + 4)
     assert 0 < found["bytes"] - planned < 2 * 300
     module = OffsetLoss(attach(load(small, dtype=torch.float32), ADAPTER), offsets.layers)
@@ -50,7 +52,7 @@ def test_before_the_first_step_the_small_model_answers_as_the_large_one(family, 
 def test_rounding_does_not_add_up(tmp_path):
     """After each layer the stream is off by what one offset rounds off."""
     base, small = small_and_large("llama", tmp_path)
-    offsets, _ = written(tmp_path, base, small, 4)
+    offsets, _ = written(tmp_path, base, small, 1)
     model = load(small, dtype=torch.float32)
     module, batch, seen = OffsetLoss(model, offsets.layers), numbered()[0], []
     for layer in model.model.layers:
@@ -126,7 +128,7 @@ def test_what_trains_is_the_adapter_alone_and_checkpointing_changes_nothing(tmp_
 
 
 def test_without_layers_there_is_nothing_to_find(tmp_path):
-    with pytest.raises(UserError, match="offset.layers: found 0"):
+    with pytest.raises(UserError, match="offset.every: found 0"):
         write_offsets("base", tmp_path, tmp_path / "out", numbered(), 0, work=tmp_path / "work")
 
 
@@ -134,7 +136,7 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     base, small = small_and_large("llama", tmp_path)
     asked = stumbling(monkeypatch)
     (tmp_path / "out").mkdir()
-    arguments = base, small, tmp_path / "out", numbered(), 4
+    arguments = base, small, tmp_path / "out", numbered(), 1
     with pytest.raises(OSError, match="No space"):
         write_offsets(*arguments, work=tmp_path / "work")
     write_offsets(*arguments, work=tmp_path / "work")
@@ -143,7 +145,7 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     (tmp_path / "again").mkdir()
     write_offsets(base, small, tmp_path / "again", *arguments[3:], work=tmp_path / "work")
     assert asked == [0, 1, 2, 2, 3]
-    once, _ = written(tmp_path, base, small, 4)
+    once, _ = written(tmp_path, base, small, 1)
     for row in (30, 100):
         one = torch.tensor([row])
         assert torch.equal(values(Offsets(tmp_path / "out"), one), values(once, one))

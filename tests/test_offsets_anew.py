@@ -39,7 +39,7 @@ def test_found_anew_they_know_the_adapter_on_both_models(family, tmp_path):
     adapters = tmp_path / "adapter", tmp_path / "recovered"
     save_adapter(adapted, adapters[0])
     recover(adapters[0], small, base, adapters[1])
-    before, _ = written(tmp_path, base, small, 4)
+    before, _ = written(tmp_path, base, small, 1)
     shutil.rmtree(tmp_path / "w")
     anew, _ = written(tmp_path, base, small, 2, adapters=adapters)
     large = CausalLoss(open_adapted(base, adapters[1], dtype=torch.float32))
@@ -96,7 +96,7 @@ def test_the_step_takes_the_adapter_as_it_was_at_the_end_of_the_part_before(tmp_
             if "lora_B" in name:
                 weight.data += 0.02
         save_adapter(adapted, place)
-    config = OffsetsConfig(layers=2, rows=12, seed=5, first=4, end=12)
+    config = OffsetsConfig(every=2, rows=12, seed=5, first=4, end=12)
     paths = {"model": base, "small": small, "instruct": tmp_path / "instruct", "earlier": earlier}
     paths |= {"pruned": small, "out": tmp_path / "out", "work": tmp_path / "work"}
     found = imitate.offsets(config, place=Place(), **paths)

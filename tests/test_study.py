@@ -154,7 +154,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line_before_ray(words, said, cap
 
 def test_a_rate_that_diverges_is_left_out_and_the_shared_one_may_not(monkeypatch):
     """In any part of its training."""
-    offsets = ["offset.layers=2", "offset.parts=2"]
+    offsets = ["offset.every=2", "offset.parts=2"]
     study, trainings = planned("cost", *offsets, methods=["stru"], rates=["9"])
     made = []
 

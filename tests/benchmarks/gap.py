@@ -46,7 +46,7 @@ NOTHING = [
     "compensate.rank=0",
     "compensate.gradients=false",
     "distil.top=0",
-    "offset.layers=0",
+    "offset.every=0",
     "offset.parts=1",
 ]
 WAYS = {
@@ -64,7 +64,7 @@ WAYS = {
     **{f"task, {rows} rows": OFF + fitted("task", rows=rows) for rows in (16, 32, 128, 256)},
 }
 WAYS |= {
-    f"{way}, offsets {n}": [*WAYS[way], f"offset.layers={n}"]
+    f"{way}, offsets {n}": [*WAYS[way], f"offset.every={30 // n}"]
     for way in ("none", "general", "task")
     for n in (1, 3, 6, 15, 30)
 }
@@ -76,7 +76,7 @@ WAYS |= {
 WAYS |= {
     f"task, rank {rank}, offsets 30, 2 parts": [
         *WAYS[f"task, rank {rank}"],
-        "offset.layers=30",
+        "offset.every=1",
         "offset.parts=2",
     ]
     for rank in (16, 32, 128, 576)
@@ -85,7 +85,7 @@ WAYS |= {
     f"task, {rows} rows, offsets 30, 2 parts": [
         *fitted("task", rows=rows),
         *OFF,
-        "offset.layers=30",
+        "offset.every=1",
         "offset.parts=2",
     ]
     for rows in (16, 32, 128, 256)

@@ -71,7 +71,7 @@ def main() -> None:
                     dtype=torch.bfloat16,
                 )
                 seconds = time.monotonic() - started
-            found = anchored(recipe.model, small, Path(name), held_out, layers)
+            found = anchored(recipe.model, small, Path(name), held_out)
         whole = [
             torch.cat([g.flatten() for batch in side for g in batch[:differ]])
             for side in (found, true)
@@ -86,12 +86,10 @@ def main() -> None:
         )
 
 
-def anchored(
-    source: str, small: Path, work: Path, held_out: list[Batch], layers: int
-) -> list[list[Tensor]]:
+def anchored(source: str, small: Path, work: Path, held_out: list[Batch]) -> list[list[Tensor]]:
     """Of each batch the gradients of the small model with offsets."""
     options = {"work": work / "work", "dtype": torch.bfloat16}
-    write_offsets(source, small, work / "offsets", held_out, layers, **options)
+    write_offsets(source, small, work / "offsets", held_out, 1, **options)
     offsets, model = Offsets(work / "offsets"), load(small)
     module = OffsetLoss(model, offsets.layers)
     return [gradients(model, module, batch, offsets.fetch(batch["row"])) for batch in held_out]

@@ -17,7 +17,7 @@ from pipelines.assets import home
 from tests.benchmarks import PICTURES, ROOT, keep
 
 # The method as it is there.
-PAPER = ["nf4=false", "compensate.rank=0", "offset.layers=0", "align.steps=20"]
+PAPER = ["nf4=false", "compensate.rank=0", "offset.every=0", "align.steps=20"]
 STUDIES = {
     "recovery": [*PAPER, "--methods", "stru", "rand", "--seeds", "0", "1", "2"],
     "ratio": [*PAPER, "--methods", "stru", "--ratios", "0.35", "0.65", "0.85"],

@@ -32,7 +32,7 @@ from tune.rungs import rungs, sft_of, stopped
 SHORT = [
     "nf4=false",
     "compensate.rank=0",
-    "offset.layers=0",
+    "offset.every=0",
     "sft.steps=12",
     "sft.eval_every=4",
     "align.steps=8",
