@@ -3,6 +3,7 @@
 python -m tests.benchmarks.data
 """
 
+import argparse
 import json
 import multiprocessing
 import tempfile
@@ -30,6 +31,7 @@ ASSETS = home() / "assets"
 
 def main() -> None:
     """Every size in a process and a Ray of its own: memory that was used once is not given back."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory(prefix="loram") as name:
         for kind in ("corpus", "instruct"):
             for rows in (ROWS, 10 * ROWS):

@@ -7,6 +7,7 @@ take turns within every round, so that another load on the machine hits all of t
 over the rounds are compared, and the fastest.
 """
 
+import argparse
 import statistics
 import time
 
@@ -24,6 +25,7 @@ KINDS = {"n:m bf16": (0.5, False), "n:m nf4": (0.5, True), "0.55 nf4": (0.55, Tr
 
 def main() -> None:
     """A line for every shape and kind."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.manual_seed(0)
     for inputs, outputs in SHAPES:
         weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
 python -m tests.benchmarks.recovery
 """
 
+import argparse
 import multiprocessing
 import resource
 import tempfile
@@ -26,6 +27,7 @@ from tests.benchmarks import keep
 
 def main() -> None:
     """Make the adapter of the pruned shapes, then recover it once."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     full, lora = SHAPES["llama31-70b"], AdapterConfig()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
