@@ -78,7 +78,11 @@ def prepare(root: Path) -> Path:
         if assets.exists() and _record(assets) != wanted:
             assets.rename(partial / "replaced")
         if not assets.exists():
-            partial.rename(assets)
+            try:
+                partial.rename(assets)
+            except OSError:
+                if _record(assets) != wanted:  # else another process was faster
+                    raise
             shutil.rmtree(assets / "replaced", ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -15,10 +15,11 @@ from loram.prune import STRUCTURED
 from loram.pruned import compensated_config
 from loram.train import TrainConfig
 from pipelines import disk
-from pipelines.check import check, check_settings
+from pipelines.check import check
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
+from pipelines.settings import check_settings
 from pipelines.shapes import SHAPES
 from pipelines.step import Source, order
 from pipelines.store import Store

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from loram.errors import UserError
 from pipelines.lock import Lock
+from pipelines.seal import seal
 from pipelines.step import Metrics, Step, order
-from pipelines.store import Store, seal
+from pipelines.store import Store
 
 POLL_S = 0.3  # how often a step that another run is making is looked at again
 CURVE = "metrics.jsonl"
@@ -207,6 +208,8 @@ def _explain(step: Step, error: Exception, root: Path) -> Exception:
         return UserError(
             f"store: found no space left at {root} in step {step.name}; accepted: a disk with room"
         )
-    failure = StepFailed(f"step {step.name}: {type(error).__name__}: {error}")
+    lines = str(error).strip().splitlines() or [""]
+    said = lines[-1 if "Traceback" in str(error) else 0]
+    failure = StepFailed(f"step {step.name}: {type(error).__name__}: {said}")
     failure.__cause__ = error
     return failure

@@ -107,7 +107,8 @@ def run(recipe: Recipe, store: Store) -> int:
 def _write_report(
     out: Path, graph: Graph, targets: list[Step], store: Store, recipe: Recipe, rows: list
 ) -> None:
-    records = [store.record(step.slug) for step in order(targets)]
+    known = [store.known(step.slug) for step in order(targets)]
+    records = [record for record in known if record]
     curves = {}
     for step in order(targets):
         path = store.entry(step.slug) / CURVE

@@ -124,7 +124,7 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         aligned = {"pruned": small, "corpus": corpus}
         small = light("align", steps.align, recipe.align, aligned)
     if sparse:
-        small = heavy("pack", steps.pack, steps.PackConfig(recipe.nf4), {"model": small})
+        small = Step("pack", steps.pack, steps.PackConfig(recipe.nf4), {"model": small})
     elif recipe.nf4:
         small = heavy("quantise", steps.quantise, steps.Empty(), {"model": small})
 

@@ -26,7 +26,7 @@ from pipelines.lock import Lock, try_lock
 SECRETS = (
     (re.compile(r"(\w://)[^/@\s]+@"), r"\1***@"),  # scheme://user:password@host
     (
-        re.compile(r"([?&][^=&\s]*(?:token|sign|secret|key|passw|cred)[^=&\s]*=)[^&\s]+", re.I),
+        re.compile(r"([?&][^=&\s]*(?:token|sign|secret|key|passw|cred)[^=&\s]*=)[^&\s\"]+", re.I),
         r"\1***",
     ),
 )
@@ -93,17 +93,24 @@ class Journal:
 
     def write(self, **message: Any) -> None:
         """Append a message; its time is now."""
-        line = json.dumps(message | {"time": time.time()}) + "\n"
-        with (self.folder / "journal.jsonl").open("ab", buffering=0) as file:
-            file.write(line.encode())
+        line = json.dumps(message | {"time": time.time()}).encode() + b"\n"
+        with (self.folder / "journal.jsonl").open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a full disk tore the message before
+                    line = b"\n" + line
+            file.write(line)
 
     def read(self, start: int) -> Iterator[tuple[dict[str, Any], int]]:
-        """The whole messages from byte `start` on, each with the byte after its end."""
+        """The whole messages from byte `start` on, each with the byte after its end; a torn one is
+        left out."""
         with (self.folder / "journal.jsonl").open("rb") as file:
             file.seek(start)
             for line in file:
-                if line.endswith(b"\n"):
-                    yield json.loads(line), (start := start + len(line))
+                start += len(line)
+                with contextlib.suppress(ValueError):
+                    if line.endswith(b"\n"):
+                        yield json.loads(line), start
 
     def begun(self) -> bool:
         """Whether there is a first message; not so once another process has removed the journal."""

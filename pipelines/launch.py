@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from loram.errors import UserError
+from loram.errors import UserError, refuse
 from pipelines.execute import run
 from pipelines.place import forget_peak
 from pipelines.step import Metrics, Step
@@ -29,11 +29,17 @@ def start_ray() -> None:
 
     What Ray Train runs to give back the CPUs of a training that was killed asks Ray's dashboard,
     and has to be told which Ray, for a machine may run several.
+
+    Raises:
+        UserError: no cluster is there.
     """
     os.environ |= ENV
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet, runtime_env={"env_vars": ENV | {"RAY_ADDRESS": address}})
+        try:
+            ray.init(**quiet, runtime_env={"env_vars": ENV | {"RAY_ADDRESS": address}})
+        except ConnectionError:
+            refuse("RAY_ADDRESS", f"{address}, where no Ray answers", "that of a running cluster")
         return
     with socket.socket() as free:
         free.bind(("", 0))
@@ -59,11 +65,10 @@ def ray_launch(
     goes on from `work`. What the step raised is what the Future raises; a UserError is found below
     any of Ray's wrappings.
     """
-    task = ray.remote(_alone).options(
+    # Given here and not to `options`, GPUs make Ray end the worker with the task: one that waits
+    # for the next would keep what torch has allocated, and its choice of a GPU.
+    task = ray.remote(num_cpus=step.cpus, num_gpus=step.gpus, max_retries=1)(_alone).options(
         name=step.slug,
-        num_cpus=step.cpus,
-        num_gpus=step.gpus,
-        max_retries=1,
         # A trial of a sweep has a placement group without CPUs, in which nothing else would fit.
         scheduling_strategy="DEFAULT" if step.cpus or step.gpus else None,
     )
@@ -100,9 +105,9 @@ def _alone(step: Step, *rest: Any) -> Metrics:
 
 
 def _bare(error: BaseException) -> BaseException:
-    """The step's own exception: a UserError if there is one below, else what the task raised."""
-    own = getattr(error, "cause", None) or error
-    pending, seen = [own], set()
+    """The step's own exception: a UserError if there is one below, else what the task raised, or of
+    a training what its worker did."""
+    pending, seen = [error], set()
     while pending:
         inner = pending.pop()
         if isinstance(inner, UserError):
@@ -114,4 +119,12 @@ def _bare(error: BaseException) -> BaseException:
         below += getattr(inner, "worker_failures", {}).values()  # of ray.train.WorkerGroupError
         below.append(getattr(inner, "controller_failure", None))  # of ray.train.ControllerError
         pending += [link for link in below if isinstance(link, BaseException)]
-    return own
+    return _unwrapped(error)
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What Ray and Ray Train wrapped, whose own texts are tracebacks."""
+    inner = [getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure")]
+    inner += getattr(error, "worker_failures", {}).values()
+    found = next((link for link in inner if isinstance(link, BaseException)), None)
+    return _unwrapped(found) if found else error

@@ -6,13 +6,14 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from loram.errors import refuse
+from loram.model import INDEX, weight_files
 from loram.prune import COMPANIONS
 from pipelines.digest import file_digest
 from pipelines.recipe import Recipe
 from pipelines.sources import SourceSpec, digest
 from pipelines.step import Source
 
-MODEL_FILES = ("config.json", "model*.safetensors*", *COMPANIONS)
+MODEL_FILES = ("config.json", INDEX, *COMPANIONS)
 
 
 def locate(recipe: Recipe, cache: Path) -> tuple[Source, dict[str, Source]]:
@@ -40,8 +41,12 @@ def locate_model(model: str, cache: Path) -> Source:
     """A local directory by its files' digests, a hub id by its commit."""
     directory = Path(model)
     if directory.is_dir():
-        files = sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern)})
-        lines = [f"{file.name} {file_digest(file, cache)}" for file in files]
+        files = {file for pattern in MODEL_FILES for file in directory.glob(pattern)}
+        files |= set(weight_files(directory))
+        try:
+            lines = [f"{file.name} {file_digest(file, cache)}" for file in sorted(files)]
+        except OSError as error:
+            refuse("model", f"{error.filename} ({error.strerror})", "files that can be read")
         return Source(
             "model",
             str(directory.absolute()),

@@ -39,11 +39,12 @@ class Place:
         return work / f"batches-of-{self.micro_batch}"
 
     def peak_memory(self) -> int:
-        """Most bytes this process held: on the GPU if it has one, else resident memory."""
+        """Most bytes this process held: on the GPU if it used one, else resident memory."""
         if self.gpus_per_worker:
-            from torch.cuda import max_memory_allocated
+            from torch import cuda
 
-            return max_memory_allocated()
+            if cuda.is_initialized():
+                return cuda.max_memory_allocated()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,33 @@ def resolve(name: str, changes: list[str]) -> Recipe:
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """The recipe that says what is removed, also where the method decides it.
+    """The recipe that says what is removed, also where the method decides it, and where local files
+    are from wherever it is run.
 
     Raises:
         UserError: a ratio that the method cannot have.
     """
-    prune = dataclasses.replace(recipe.prune, ratio=ratio(recipe.prune))
-    return dataclasses.replace(recipe, prune=prune)
+    replace, asked = dataclasses.replace, recipe.evaluate
+    model = os.path.abspath(recipe.model) if Path(recipe.model).is_dir() else recipe.model
+    return replace(
+        recipe,
+        model=model,
+        corpus=replace(recipe.corpus, sources=_absolute(recipe.corpus.sources)),
+        instruct=replace(recipe.instruct, sources=_absolute(recipe.instruct.sources)),
+        evaluate=replace(
+            asked,
+            in_domain=_absolute(asked.in_domain),
+            out_of_domain=_absolute(asked.out_of_domain),
+        ),
+        prune=replace(recipe.prune, ratio=ratio(recipe.prune)),
+    )
+
+
+def _absolute(sources: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
+    return tuple(
+        s if "://" in s.path else dataclasses.replace(s, path=os.path.abspath(s.path))
+        for s in sources
+    )
 
 
 def read(name: str, changes: list[str]) -> Recipe:

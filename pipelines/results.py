@@ -6,7 +6,7 @@ from pathlib import Path
 from loram.model import read_config
 from loram.plan import Size, size
 from pipelines.graph import Graph
-from pipelines.step import Step
+from pipelines.step import Source, Step
 from pipelines.store import Store
 
 LEAST_GAIN = 0.2  # nats that full LoRA must gain before shares of its gain mean anything
@@ -39,7 +39,8 @@ class Row:
 
 
 def rows(graph: Graph, store: Store, full: Size) -> list[Row]:
-    """A row for each variant of a finished graph, from the records of its steps."""
+    """A row for each variant of a finished graph, from the records of its steps; without what only
+    entries knew that were removed since."""
     metrics = {v.label: store.record(v.evaluate.slug)["metrics"] for v in graph.variants}
     loss = {label: found["in_domain_loss"] for label, found in metrics.items()}
     found = []
@@ -51,24 +52,26 @@ def rows(graph: Graph, store: Store, full: Size) -> list[Row]:
             metrics[v.label]["out_of_domain_perplexity"],
             score=metrics[v.label].get("strict_match"),
         )
-        if v.frozen:
-            path = store.entry(v.frozen.slug) if isinstance(v.frozen, Step) else Path(v.frozen.uri)
+        path: str | Path | None = v.frozen.uri if isinstance(v.frozen, Source) else None
+        if isinstance(v.frozen, Step) and store.known(v.frozen.slug):
+            path = store.entry(v.frozen.slug)
+        if path:
             config = read_config(path)
             count = size(config)
             nf4 = getattr(config, "quantization_config", getattr(config, "survivors_nf4", False))
             held = count.nf4_bytes if nf4 else count.bf16_bytes
             reduction = full.bf16_bytes / held
             row = replace(row, parameters=count.total, bytes=held, reduction=reduction)
-        if v.sft:
-            sft = store.record(v.sft.slug)["metrics"]
+        if v.sft and (trained := store.known(v.sft.slug)):
+            sft = trained["metrics"]
             row = replace(
                 row,
                 tokens_per_second=sft["tokens_per_second"],
                 peak_memory_bytes=sft["peak_memory_bytes"],
             )
-            if loss.keys() >= {"base", "LoRA"}:
-                share = share_of_gain(loss["base"], loss["LoRA"], loss[v.label])
-                row = replace(row, share=share)
+        if v.sft and loss.keys() >= {"base", "LoRA"}:
+            share = share_of_gain(loss["base"], loss["LoRA"], loss[v.label])
+            row = replace(row, share=share)
         found.append(row)
     return found
 

@@ -114,6 +114,9 @@ class Runs:
         name = self.begin["experiment"]
         with self._alone():
             if known := self.client.get_experiment_by_name(name):
+                if known.lifecycle_stage == "deleted":
+                    self.client.restore_experiment(known.experiment_id)
+                    say(f"experiment {name} had been deleted and is restored")
                 return str(known.experiment_id)
             place = None  # a server knows where it keeps artifacts
             if self.uri.startswith("sqlite"):

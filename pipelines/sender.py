@@ -26,13 +26,15 @@ def send(journal: Journal, uri: str, patience_s: float) -> bool:
     mine = journal.sender()
     if mine is None or not journal.begun():
         return True  # another process is at it, or was
-    runs, away, driver, limit = Runs(journal, uri), False, None, float("inf")
+    runs: Runs | None = None
+    away, driver, limit = False, None, float("inf")
     while True:
         driver = driver or journal.living()
         if driver and limit == float("inf"):
             limit = time.monotonic() + patience_s
         ended = False
         try:
+            runs = runs or Runs(journal, uri)
             ended = runs.advance()
             if driver and not ended:
                 runs.end("KILLED", "the driver died")
@@ -51,7 +53,8 @@ def send(journal: Journal, uri: str, patience_s: float) -> bool:
         journal.remove()
     else:
         later = "the next run does, or `python -m pipelines.tracking flush`"
-        say(f"{journal.waiting(runs.state['start'])} messages not sent to {redact(uri)}: {later}")
+        waiting = journal.waiting(journal.state().get("start", 0))
+        say(f"{waiting} messages not sent to {redact(uri)}: {later}")
     for lock in (mine, driver):
         if lock:
             lock.release()
@@ -65,7 +68,7 @@ def flush(root: Path, uri: str | None, own: Journal | None = None) -> bool:
         if journal == own:
             continue  # its driver was fast
         begin = next((message for message, _ in journal.read(0)), {})
-        if not begin:
+        if begin.get("op") != "begin":
             journal.remove()
         elif uri is None or begin["uri"] == redact(uri):
             done &= send(journal, uri or begin["uri"], patience_s=0.0)

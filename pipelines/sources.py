@@ -1,6 +1,6 @@
 """Sources of rows: what they are, which files they consist of, and the digest of their content.
 
-A source is a file, a directory, or a glob pattern, local or under s3:// or hf://. Credentials and
+A source is a file, a directory, or a pattern with *, local or under s3:// or hf://. Credentials and
 endpoints come from the usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, HF_TOKEN, HF_ENDPOINT,
 and so on).
 """
@@ -55,6 +55,9 @@ def list_files(path: str, setting: str = "source") -> list[File]:
     Raises:
         UserError: nothing is there, or nothing of a known kind.
     """
+    scheme = path.partition("://")[0] if "://" in path else "file"
+    if scheme not in ("file", "s3", "hf"):
+        refuse(setting, path, "a local path, s3://, hf://")
     try:
         system, root = fsspec.core.url_to_fs(path)
         system.invalidate_cache()  # remote listings are remembered; files may have changed

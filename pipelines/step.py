@@ -85,11 +85,6 @@ class Step:
         return f"{self.name}-{self.key[:12]}"
 
 
-def key(node: Step | Source) -> str:
-    """What the node is, in 64 hex digits: equal content gives an equal key in any process."""
-    return node.key
-
-
 def order(targets: Iterable[Step]) -> list[Step]:
     """The targets and all steps that they need, inputs first, each key once."""
     found: dict[str, Step] = {}

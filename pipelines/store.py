@@ -12,22 +12,20 @@ the one who makes or removes it holds it alone.
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loram.errors import UserError, refuse
-from pipelines.digest import file_digest, read_digest
+from pipelines.digest import file_digest
 from pipelines.lock import Lock, try_lock
-
-RECORD = "record.json"
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "ray", "pyarrow")
+from pipelines.seal import RECORD, sync
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,12 @@ class Store:
             OSError, ValueError: there is none, or it is no JSON.
         """
         return dict(json.loads((self.entry(slug) / RECORD).read_text()))
+
+    def known(self, slug: str) -> dict[str, Any] | None:
+        """`record`, or None if the entry was removed: of a finished run only its end is needed."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.record(slug)
+        return None
 
     def flaw(self, slug: str, key: str) -> str:
         """Why the entry cannot be used; empty if every byte is as its record says."""
@@ -108,10 +112,17 @@ class Store:
         return partial
 
     def commit(self, slug: str, partial: Path) -> Path:
-        """Give a sealed directory its name, in one rename; the caller holds the lock alone."""
+        """Give a sealed directory its name, in one rename; the caller holds the lock alone.
+
+        Raises:
+            UserError: it was sealed in a directory of that name elsewhere.
+        """
         entry = self.entry(slug)
+        if not (partial / RECORD).exists():
+            found = f"{self.root}, which the node that ran {slug} does not share"
+            refuse("store", found, "a directory that all nodes share")
         partial.rename(entry)
-        _sync(self.root)
+        sync(self.root)
         shutil.rmtree(self.work(slug), ignore_errors=True)
         return entry
 
@@ -122,23 +133,6 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self.entry(slug).rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
-
-
-def seal(out: Path, about: dict[str, Any]) -> None:
-    """Make what is in `out` durable and write its record, last.
-
-    The record is `about` with the checksums of all files and the versions of the libraries.
-    """
-    files = {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file()):
-        _sync(path)
-        about_file = {"sha256": read_digest(path), "size": path.stat().st_size}
-        files[str(path.relative_to(out))] = about_file
-    record = about | {"libraries": _versions(), "files": files}
-    text = json.dumps(record, indent=1, allow_nan=False)
-    (out / RECORD).write_text(text + "\n")
-    _sync(out / RECORD)
-    _sync(out)
 
 
 def remove(store: Store, names: list[str]) -> list[str]:
@@ -176,9 +170,7 @@ def clean(store: Store, unused_days: float | None) -> list[str]:
     chosen = [(path.name.partition(".")[0], path) for path in leftovers]
     if unused_days is not None:
         limit = time.time() - unused_days * 86_400
-        for slug in store.slugs():
-            if (store.entry(slug) / RECORD).stat().st_mtime < limit:
-                chosen.append((slug, store.entry(slug)))
+        chosen += [(slug, store.entry(slug)) for slug, at in last_uses(store) if at < limit]
     removed = []
     for slug, path in chosen:
         if lock := store.lock(slug):
@@ -191,15 +183,22 @@ def clean(store: Store, unused_days: float | None) -> list[str]:
     return removed
 
 
+def last_uses(store: Store) -> Iterator[tuple[str, float]]:
+    """Of each entry the time of its last use; others may be removing some meanwhile."""
+    for slug in store.slugs():
+        with contextlib.suppress(FileNotFoundError):
+            yield slug, (store.entry(slug) / RECORD).stat().st_mtime
+
+
 def listing(store: Store) -> list[str]:
     """One line an entry: its slug, bytes, days since its last use, and whether a run uses it."""
     lines = [f"{'entry':40} {'MB':>10} {'unused days':>12}"]
-    for slug in store.slugs():
-        size = sum(p.stat().st_size for p in store.entry(slug).rglob("*") if p.is_file()) / 1e6
-        days = (time.time() - (store.entry(slug) / RECORD).stat().st_mtime) / 86_400
+    for slug, at in last_uses(store):
+        size = sum(file["size"] for file in (store.known(slug) or {"files": {}})["files"].values())
+        days = (time.time() - at) / 86_400
         if lock := store.lock(slug):
             lock.release()
-        lines.append(f"{slug:40} {size:10.1f} {days:12.1f}{'' if lock else '  in use'}")
+        lines.append(f"{slug:40} {size / 1e6:10.1f} {days:12.1f}{'' if lock else '  in use'}")
     return lines
 
 
@@ -228,22 +227,6 @@ def main(words: list[str] | None = None) -> int:
         print(error)
         return 1
     return 0
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 if __name__ == "__main__":

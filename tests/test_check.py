@@ -10,9 +10,9 @@ import ray
 
 from loram.model import save
 from pipelines.assets import home
-from pipelines.check import check_settings
 from pipelines.full import main
 from pipelines.recipes import read
+from pipelines.settings import check_settings
 from tests.conftest import tiny_model
 
 ASSETS = home() / "assets"
@@ -51,7 +51,15 @@ def refused(capsys, tmp_path):
         ("sft.steps=0", "sft.steps"),
         ("sft.lr=-1", "sft.lr"),
         ('compare=["dora"]', "lora, qlora"),
-        ("place.gpus_per_worker=8", "8 GPUs"),
+        ("place.gpus_per_worker=2", "0, 1"),
+        ("instruct.rows=16", "17 or more"),  # of which 16 are held out
+        ("instruct.rows=-5", "17 or more"),
+        ("instruct.max_bad_share=1.5", "[0, 1]"),
+        ("corpus.max_bad_share=-1", "[0, 1]"),
+        ("corpus.rows=1", "by the weights none of"),
+        ('adapter.targets=["q_proj", "downproj"]', "downproj"),
+        ("adapter.targets=[]", "q_proj, k_proj"),
+        ("experiment=", "experiment"),
         ("place.cpus_per_worker=4096", "4096 CPUs"),
         ("model=no/such-model-anywhere", "no/such-model-anywhere"),
         ("corpus.sources=[]", "corpus.sources"),
@@ -70,6 +78,8 @@ def test_settings(refused, change, names):
 def test_settings_that_exclude_each_other(refused):
     assert "align.steps" in refused("distil.top=32", "align.steps=0")
     assert "bound with prune.method unst" in refused("prune.method=unst", 'compare=["bound"]')
+    several = ("place.workers=8", "place.gpus_per_worker=1", "sft.global_batch=32")
+    assert "8 GPUs" in refused(*several, "align.global_batch=32")
     fitted = ("compensate.rank=4", "compensate.gradients=true", "offset.every=2")
     assert "offset.every 1, or false" in refused(*fitted)
 
@@ -86,6 +96,7 @@ def source(setting: str, path) -> str:
 @pytest.mark.parametrize("setting", ["corpus.sources", "instruct.sources"])
 def test_files(refused, setting, tmp_path):
     assert "missing.jsonl" in refused(source(setting, tmp_path / "missing.jsonl"))
+    assert "s3://, hf://" in refused(f'{setting}=[{{"path": "https://host/rows.jsonl"}}]')
     (tmp_path / "empty.jsonl").touch()
     assert "empty" in refused(source(setting, tmp_path / "empty.jsonl"))
     (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)) * 64)

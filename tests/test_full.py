@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,12 @@ def test_first_run_then_a_changed_learning_rate(user):
     changed = {"sft", "sft_lora", "recover", "evaluate_lora", "evaluate_small", "evaluate_large"}
     assert made(again) == changed
 
+    store = user.home / "store"
+    for name in ("sft_lora", "prune", "quantise"):  # as `pipelines.store clean` may
+        shutil.rmtree(next(store.glob(f"{name}-*")))
+    short = user("test", f"tracking=sqlite:///{user.home}/other.db")
+    assert made(short) == set() and "│ LoRA " in short and "│ QLoRAM-Stru, large" in short
+
     client = MlflowClient(f"sqlite:///{user.home}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("loram")
     runs = client.search_runs([experiment.experiment_id], max_results=100)
@@ -95,6 +102,7 @@ def test_every_way_to_close_the_gap(user):
     words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
     words += ["distil.top=32", 'compare=["lora","bound"]', "compensate.gradients=true"]
     words += ["offset.every=1", "offset.parts=2"]
+    words += ["evaluate.in_domain=[]", "place.gradient_checkpointing=true"]
     log = user("test", *words)
     wanted = {"compensate", "targets", "distil", "quantise", "offsets", "sft_bound", "recover"}
     assert wanted <= made(log)

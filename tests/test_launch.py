@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from pipelines.launch import ray_launch, start_ray
+from pipelines.execute import _explain
+from pipelines.launch import _bare, ray_launch, start_ray
 from pipelines.step import Step
 from pipelines.steps import Empty
 
@@ -42,6 +45,14 @@ def test_a_step_has_as_many_threads_as_cpus_in_a_process_that_had_fewer(away, tm
     light, heavy = made("light", tmp_path, 0), made("heavy", tmp_path, cpus)
     assert light["process"] == heavy["process"]
     assert heavy["threads"] == cpus
+
+
+def test_of_a_failed_training_is_told_what_its_worker_raised():
+    raised = UserExceptionWithTraceback(ValueError("no such row"), "Traceback ...")
+    wrapped = WorkerGroupError("[Rank 0 Error Snippet]:\nTraceback ...", {0: raised})
+    step = Step("sft", sleep, Empty())
+    said = str(_explain(step, _bare(wrapped), Path("store")))
+    assert said == "step sft: ValueError: no such row"
 
 
 def sleep(config: Empty, *, out, work, place):

@@ -56,6 +56,24 @@ def test_damaged_recipe_files_are_refused(tmp_path):
         resolve(str(tmp_path / "recipe.json"), [])
 
 
+def test_a_recipe_reads_the_same_files_wherever_it_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    words = ['instruct.sources=[{"path": "chats.jsonl"}]', "model=model", "evaluate.in_domain=[]"]
+    recipe = resolve("test", words)
+    assert recipe.instruct.sources[0].path == str(tmp_path / "chats.jsonl")
+    assert recipe.model == str(tmp_path / "model")
+    hub = resolve("llama2-13b", [])
+    assert hub.model.startswith("meta-llama/") and hub.corpus.sources[0].path.startswith("hf://")
+
+
+def test_a_secret_in_a_uri_leaves_a_recipe_that_can_be_read(tmp_path):
+    recipe = resolve("test", ["tracking=http://host/?api_key=abc"])
+    write_recipe(recipe, tmp_path / "recipe.json")
+    assert "abc" not in (tmp_path / "recipe.json").read_text()
+    assert resolve(str(tmp_path / "recipe.json"), []).tracking == "http://host/?api_key=***"
+
+
 def test_flat_names_are_dotted_and_have_plain_values():
     names = flat(resolve("llama2-70b", []))
     assert names["prune.ratio"] == 0.85 and names["sft.lr"] == 1e-3

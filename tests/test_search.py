@@ -9,8 +9,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from loram.errors import UserError
 from pipelines.place import Place
+from pipelines.recipes import resolve
 from tune.notes import Notes
-from tune.search import _Asha, _domain, _Ends, _points, capacity
+from tune.search import _Asha, _domain, _Ends, _outcome, _points, capacity
 from tune.space import Range
 
 
@@ -47,6 +48,14 @@ def test_what_was_noted_is_proposed_again_to_the_last_bit():
     first = proposed([], 3)
     again = proposed(json.loads(json.dumps(first)), 4)
     assert again[:3] == first and again[3] not in first
+
+
+def test_a_trial_that_was_killed_before_its_first_report_is_a_failed_one():
+    recipe = resolve("test", ["offset.every=2"])
+    told = SimpleNamespace(metrics=None, config={"sft.lr": 1e-3}, path="a/b", error="died\nwhy")
+    outcome = _outcome({}, recipe, ["sft.lr"], told)
+    assert (outcome.name, outcome.step, outcome.error) == ("b", 0, "why")
+    assert outcome.recipe.sft.stop is None and outcome.recipe.sft.lr == 1e-3
 
 
 def test_lists_are_tried_once_each_and_ranges_go_on_with_what_was_begun():

@@ -14,8 +14,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from loram.errors import UserError
+from loram.model import save
 from pipelines import readers
 from pipelines.check import check_trainable
+from pipelines.locate import locate_model
 from pipelines.readers import read_numbers, read_rows
 from pipelines.sources import (
     SourceSpec,
@@ -24,6 +26,7 @@ from pipelines.sources import (
     list_files,
     peek,
 )
+from tests.conftest import tiny_model
 
 ROWS = [{"text": f"document {number} 🦙", "id": number} for number in range(1000)]
 
@@ -203,3 +206,21 @@ def test_a_share_is_chosen_by_seed_and_never_exceeded(tmp_path):
     assert choose_files(files, 1.0, 0, 0) == files
     with pytest.raises(UserError, match="^share: found 0.001"):
         choose_files(files, 0.001, 0, 0)
+
+
+def test_a_model_is_what_its_index_names(tmp_path):
+    """Whatever its weights are called: one byte makes another model."""
+    save(tiny_model("llama"), tmp_path / "model")
+    weights = tmp_path / "model" / "weights-1.safetensors"
+    (tmp_path / "model" / "model.safetensors").rename(weights)
+    index = {"weight_map": {"lm_head.weight": weights.name}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = locate_model(str(tmp_path / "model"), tmp_path / "cache")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    after = locate_model(str(tmp_path / "model"), tmp_path / "cache")
+    assert before.uri == after.uri and before.key != after.key
+    (tmp_path / "model" / "tokenizer.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="model: found .*nowhere"):
+        locate_model(str(tmp_path / "model"), tmp_path / "cache")

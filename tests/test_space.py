@@ -28,6 +28,16 @@ def test_the_default_is_learning_rate_and_ratio():
     assert [group["prune.ratio"] for group in found.combinations()] == [0.65, 0.75, 0.85, 0.95]
 
 
+def test_what_was_typed_is_not_swept():
+    found, _ = space("test", ["prune.ratio=0.5"])
+    assert found.combinations() == [{}] and found.recipe.prune.ratio == 0.5
+    assert list(found.searched) == ["sft.lr"]
+    found, _ = space("test", ["sft.lr=3e-4"])
+    assert found.searched == {} and len(found.combinations()) == 4
+    found, _ = space("small", ["prune.method=semi"])
+    assert [recipe.prune.ratio for recipe in found.recipes()] == [0.5]
+
+
 def test_two_lists_make_every_combination_and_training_fields_none():
     found, _ = space("test", ["prune.ratio=0.25,0.5", "prune.method=rand,stru", "adapter.r=4,8"])
     assert len(found.combinations()) == 4
@@ -109,6 +119,8 @@ def test_a_stopped_trial_is_a_recipe_and_a_finished_one_the_ordinary_recipe():
         (["--seed", "-1"], "--seed"),
         (["sft.stop=2", "sft.lr=1e-4..1e-3"], "sft.stop"),
         (["sft.stop=1,2"], "sft.stop"),
+        (["model=/one,/two"], "one model a sweep"),
+        (["sft.lr=1e-3", "prune.ratio=0.5"], "nothing that varies"),
         (["tracking=http://127.0.0.1:9", "prune.ratio=0.5,0.25"], "tracking"),
         (["store=/dev/null/store", "prune.ratio=0.5,0.25"], "not writable"),
     ],

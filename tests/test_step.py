@@ -15,7 +15,7 @@ import pytest
 
 from loram.errors import UserError, refuse
 from pipelines.execute import Event, Launch, StepFailed, execute, run
-from pipelines.step import Metrics, Source, Step, key, order
+from pipelines.step import Metrics, Source, Step, order
 from pipelines.store import Store
 
 
@@ -106,7 +106,7 @@ def test_key_is_equal_in_another_process() -> None:
     code = "from tests.test_step import graph; print(graph()['score'].key)"
     env = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(__file__).parents[1])}
     other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert other.stdout.strip() == key(graph()["score"]), other.stderr
+    assert other.stdout.strip() == graph()["score"].key, other.stderr
 
 
 def test_key_is_made_of_name_version_config_and_inputs() -> None:
@@ -119,13 +119,12 @@ def test_key_is_made_of_name_version_config_and_inputs() -> None:
         Step("a", join, Config("x"), {"two": Source("s", "URI", "1")}),
         Step("a", join, Config("x"), {"two": Source("s", "URI", "2")}),
     ]
-    assert len({key(step), *map(key, changed)}) == 7
-    assert key(step) == key(dataclasses.replace(step, cpus=4, gpus=1))
+    assert len({each.key for each in (step, *changed)}) == 7
+    assert step.key == dataclasses.replace(step, cpus=4, gpus=1).key
     two = {"a": Source("s", "URI", "1"), "b": step}
-    assert key(Step("j", join, Config(), two)) == key(
-        Step("j", join, Config(), dict(reversed(two.items())))
-    )
-    assert key(Source("s", "here", "1")) == key(Source("t", "there", "1"))
+    backwards = Step("j", join, Config(), dict(reversed(two.items())))
+    assert Step("j", join, Config(), two).key == backwards.key
+    assert Source("s", "here", "1").key == Source("t", "there", "1").key
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), Path("x"), {1}, {1: 2}, b"x", print])

@@ -86,6 +86,14 @@ def test_what_another_run_finished_is_used_before_that_run_ends(
     assert (tmp_path / "tally").read_text().split() == ["first", "second"]
 
 
+def test_what_was_written_where_the_store_is_not_shared_is_no_entry(store: Store) -> None:
+    """A node without the shared directory writes to one of its own, under the same name."""
+    step = pair()[0]
+    with pytest.raises(UserError, match="does not share"):
+        store.commit(step.slug, store.begin(step.slug))
+    assert store.slugs() == [] and store.flaw(step.slug, step.key) == "missing"
+
+
 @pytest.mark.parametrize("damage", ["changed", "shorter", "gone", "added", "record", "other"])
 def test_damaged_entry_is_noticed_and_made_again(damage: str, tmp_path: Path, store: Store) -> None:
     step = pair()[0]

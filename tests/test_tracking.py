@@ -211,6 +211,45 @@ def test_what_the_store_refuses_holds_up_nothing(
     assert found(root, "odd")["o"].data.metrics == {"good": 1.0}
 
 
+def test_a_message_that_a_full_disk_tore_is_left_out(root: Path) -> None:
+    message = {"uri": local(root), "experiment": "torn", "name": "t", "params": {}, "tags": {}}
+    journal, lock = Journal.create(root, op="begin", **message)
+    with (journal.folder / "journal.jsonl").open("ab") as file:
+        file.write(b'{"op": "scores", "metr')
+    journal.write(op="scores", metrics={"good": 1.0})
+    journal.write(op="end", status="FINISHED", error="")
+    lock.release()
+    assert flush(root, local(root)) and not journal.folder.exists()
+    assert found(root, "torn")["t"].data.metrics == {"good": 1.0}
+
+
+def test_a_deleted_experiment_is_there_again(root: Path) -> None:
+    for name in ("before", "after"):
+        with Tracking(local(root), root, params={}, tags={}, name=name, experiment="x"):
+            pass
+        if name == "before":
+            known = client(root).get_experiment_by_name("x")
+            client(root).delete_experiment(known.experiment_id)
+    assert {one.info.status for one in found(root, "x").values()} == {"FINISHED"}
+    assert "after" in found(root, "x")
+
+
+def test_a_store_of_another_mlflow_is_away_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        database.execute("INSERT INTO alembic_version VALUES ('0123456789ab')")
+    with Tracking(
+        local(tmp_path), tmp_path, params={}, tags={}, name="n", patience_s=1.0
+    ) as tracking:
+        for _ in range(3):
+            tracking.scores({"loss": 1.0})
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and said.count("is away") == 1
+    assert "5 messages not sent" in said and len(list((tmp_path / "unsent").iterdir())) == 1
+
+
 def test_secrets_are_removed_and_the_rest_is_not() -> None:
     uri = "s3://key:secret@bucket/a?X-Amz-Signature=abc&part=1"
     assert redact(uri) == "s3://***@bucket/a?X-Amz-Signature=***&part=1"

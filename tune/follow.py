@@ -60,11 +60,10 @@ class Follow:
     def finish(self, outcome: Outcome) -> None:
         """Close the trial's run with its scores and the curve of its training."""
         self._begin(outcome.name, outcome.values)
-        metrics: Metrics = {
-            **outcome.scores,
-            "steps_trained": outcome.step,
-            "key": self.key(outcome.recipe),  # of what was trained, also if it was stopped
-        }
+        metrics: Metrics = {**outcome.scores}
+        if not outcome.error:
+            metrics["steps_trained"] = outcome.step
+            metrics["key"] = self.key(outcome.recipe)  # of what was trained, also if it was stopped
         if math.isfinite(outcome.held_out_loss):
             metrics["held_out_loss"] = outcome.held_out_loss
         self.tracking.finish(outcome.name, metrics, outcome.curve, outcome.error)

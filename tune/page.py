@@ -1,6 +1,7 @@
 """What a sweep leaves: its table, its pictures, and one self-contained page."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,17 @@ NOTE = (
 
 
 def best_of(outcomes: list[Outcome], metric: str) -> Outcome | None:
-    """The trial with the lowest final `metric`; None if none was evaluated."""
+    """The trial with the lowest final `metric`, beside that of the base on the same rows; None if
+    none was evaluated."""
     scored = [outcome for outcome in outcomes if metric in outcome.scores]
-    return min(scored, key=lambda outcome: outcome.scores[metric], default=None)
+    return min(scored, key=lambda outcome: _beside_base(outcome, metric), default=None)
+
+
+def _beside_base(outcome: Outcome, metric: str) -> float:
+    """Sweeps over rows or their length have a base for each, and no loss compares with others'."""
+    if metric not in outcome.scores:
+        return math.inf
+    return outcome.scores[metric] - outcome.scores[metric.replace("large", "base")]
 
 
 def line(plan: Plan, outcome: Outcome) -> str:
@@ -57,7 +66,7 @@ def write(out: Path, plan: Plan, outcomes: list[Outcome], versions: dict[str, st
         {
             "trial": o.name,
             **o.values,
-            "steps": o.step,
+            "steps": o.step if not o.error else None,
             "held_out_loss": o.held_out_loss if not o.error else None,
             **o.scores,
             "error": o.error,
@@ -79,12 +88,13 @@ def write(out: Path, plan: Plan, outcomes: list[Outcome], versions: dict[str, st
 def _rows(plan: Plan, outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
     varied = [*plan.space.groups, *plan.space.searched]
     body = []
-    for o in sorted(outcomes, key=lambda o: (o.scores.get(plan.metric, float("inf")), o.name)):
+    for o in sorted(outcomes, key=lambda o: (_beside_base(o, plan.metric), o.name)):
         early = "stopped early" if o.step < o.recipe.sft.steps else ""
         held_out = "-" if o.error else f"{o.held_out_loss:.4f}"
         scores = [f"{o.scores[m]:.4f}" if m in o.scores else "-" for m in METRICS]
         values = [_text(o.values[key]) for key in varied]
-        body.append([o.name, *values, str(o.step), held_out, *scores, o.error or early])
+        steps = "-" if o.error else str(o.step)
+        body.append([o.name, *values, steps, held_out, *scores, o.error or early])
     return ["trial", *varied, *COLUMNS], body
 
 
@@ -98,10 +108,11 @@ UNITS = {
 def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
     """The final metric over one searched field, a colour a group; early-stopped trials hollow.
 
-    A line joins those that trained to the end: others compare with each other alone.
+    A line joins those that trained to the end and differ in this field alone; others compare with
+    each other alone.
     """
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    groups = plan.space.combinations()
+    groups, alone = plan.space.combinations(), len(plan.space.searched) == 1
     for number, group in enumerate(groups):
         mine = [o for o in outcomes if o.scores and group.items() <= o.values.items()]
         mine.sort(key=lambda o: str(o.values[key]) if isinstance(o.values[key], str) else 0)
@@ -110,7 +121,7 @@ def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
             continue
         name = shown(group) or "all trials"
         for ended, line, fill, label in (
-            (True, "o-", f"C{number}", name),
+            (True, "o-" if alone else "o", f"C{number}", name),
             (False, "o", "white", ""),
         ):
             these = [o for o in mine if (o.step == o.recipe.sft.steps) == ended]
@@ -118,9 +129,10 @@ def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
             y = [o.scores[plan.metric] for o in these]
             axes.plot(x, y, line, color=f"C{number}", mfc=fill, ms=6, lw=0.8, label=label)
     axes.plot([], [], "o", mec="grey", mfc="white", label="stopped early")
-    base = next(o.scores["base_loss"] for o in outcomes if o.scores)
-    if plan.metric == "large_loss":
-        axes.axhline(base, ls="--", color="black", lw=1, label="base, not fine-tuned")
+    bases = sorted({o.scores["base_loss"] for o in outcomes if o.scores})
+    for number, base in enumerate(bases if plan.metric == "large_loss" else []):
+        label = "" if number else "base, not fine-tuned"
+        axes.axhline(base, ls="--", color="black", lw=1, label=label)
     if isinstance(plan.space.searched[key], Range):
         axes.set_xscale("log")
         axes.tick_params("x", which="minor", labelsize=7, rotation=30)  # many, in a narrow range

@@ -216,11 +216,11 @@ def _domain(found: Range | list[Value]) -> Any:
 def _outcome(group: dict[str, Value], recipe: Recipe, searched: list[str], result: Any) -> Outcome:
     metrics = result.metrics or {}
     values = {key: result.config[key] for key in searched}
-    step = int(metrics.get("step", 0))
+    made, step = replaced(recipe, values), int(metrics.get("step", 0))
     lines = str(metrics.get("error") or result.error or "").strip().splitlines()
     return Outcome(
         Path(result.path).name,
-        stopped(replaced(recipe, values), step),
+        stopped(made, step) if step else made,  # killed before its first report
         group | values,
         step,
         float(metrics.get("held_out_loss", math.inf)),

@@ -77,26 +77,35 @@ def space(recipe: str, changes: list[str]) -> tuple[Space, list[str]]:
     """What varies by a recipe's name and `key=value` changes; and those changes that vary nothing.
 
     A value `1e-5..1e-3` is a range, `0.65,0.75` a list, anything else a plain change. Without a
-    range or a list: `sft.lr=1e-5..1e-3` and `prune.ratio=0.65,0.75,0.85,0.95`.
+    range or a list: `sft.lr=1e-5..1e-3` and `prune.ratio=0.65,0.75,0.85,0.95`, but for what the
+    plain changes decide.
 
     Raises:
-        UserError: an unknown field, an empty or reversed range, a range where a list is needed.
+        UserError: an unknown field, an empty or reversed range, a range where a list is needed,
+            several models, or nothing that varies.
     """
     swept = [change for change in changes if isinstance(_several(change), list | Range)]
     plain = [change for change in changes if change not in swept]
     groups: dict[str, list[Value]] = {}
     searched: dict[str, Range | list[Value]] = {}
-    for change in swept or DEFAULT:
+    decided = {change.partition("=")[0] for change in plain}
+    if {"prune.method", "prune.pattern"} & decided:
+        decided.add("prune.ratio")
+    for change in swept or [each for each in DEFAULT if each.partition("=")[0] not in decided]:
         key, found = change.partition("=")[0], _several(change)
         assert found is not None
         if key.startswith(("place.", "store", "tracking", "name", "experiment")):
             refuse(key, "several values", "one value: it changes no result")
+        if key == "model":
+            refuse(key, "several values", "one model a sweep")
         if key.startswith(WITHIN) and key != DATA:
             searched[key] = found
         elif isinstance(found, Range):
             refuse(key, change.partition("=")[2], "a list such as 0.65,0.75: each is a new model")
         else:
             groups[key] = found
+    if not groups and not searched:
+        refuse("changes", "nothing that varies", "a range or a list, such as sft.lr=1e-5..1e-3")
     # Full LoRA is trained once, by itself, not with each trial.
     base = read(recipe, ["compare=[]", *plain])
     if not {"prune.method", "prune.pattern"} & groups.keys():  # these decide a ratio not typed

@@ -34,7 +34,7 @@ def table(seen: Seen) -> Table:
     title = f"LoRAM study {seen.study.name}: {TITLES[seen.study.name]}"
     head, body, said = *_results(seen), notes(seen)
     if seen.study.name == "cost":
-        head, body, said = *_costs(seen), [COST_NOTE]
+        head, body, said = *_costs(seen), [COST_NOTE, *lost(seen)]
     drawn = Table(title=title, caption=escape("\n".join(said)), caption_justify="left")
     for name in head:
         words = name in ("model", "inference", "rate", "arm", "stage")
@@ -86,6 +86,11 @@ COST_NOTE = (
 )
 
 
+def lost(seen: Seen) -> list[str]:
+    """What was left out, and why."""
+    return [f"Not chosen, its training failed: {name} ({why})" for name, why in seen.lost.items()]
+
+
 def notes(seen: Seen) -> list[str]:
     """What a reader must know to read the table and the picture rightly."""
     study, shared = seen.study, f"{seen.study.recipe.sft.lr:g}"
@@ -105,7 +110,7 @@ def notes(seen: Seen) -> list[str]:
             )
     else:
         lines.append(f"Every method at the shared rate alone, sft.lr {shared}: no --rates given.")
-    lines += [f"Not chosen, its training failed: {name} ({why})" for name, why in seen.lost.items()]
+    lines += lost(seen)
     lines.append(
         "loss: nats a trained token, held out, in domain. inference: large is the full model with "
         "the recovered adapter, small the small model with its adapter, untrained the small model "

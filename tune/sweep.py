@@ -24,7 +24,7 @@ from loram.errors import UserError, refuse  # noqa: E402
 from loram.plan import Size, size  # noqa: E402
 from pipelines import results  # noqa: E402
 from pipelines.assets import home  # noqa: E402
-from pipelines.check import check, check_settings  # noqa: E402
+from pipelines.check import check  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.launch import ray_launch, start_ray  # noqa: E402
@@ -33,6 +33,7 @@ from pipelines.lock import try_lock  # noqa: E402
 from pipelines.recipe import Recipe  # noqa: E402
 from pipelines.session import Session, session  # noqa: E402
 from pipelines.step import Source, Step  # noqa: E402
+from pipelines.settings import check_settings  # noqa: E402
 from pipelines.store import Store  # noqa: E402
 from tune import page  # noqa: E402
 from tune.follow import Follow, shown  # noqa: E402
@@ -100,9 +101,12 @@ def run(plan: Plan) -> int:
         on = here.noted(zip(plan.space.recipes(), variants, prepared, strict=True))
         execute(shared, store, ray_launch, recipe.place, on)
         outcomes: list[Outcome] = []
-        for number, group in enumerate(plan.space.combinations()):
+        groups = zip(plan.space.combinations(), plan.space.recipes(), strict=True)
+        for number, (group, example) in enumerate(groups):
             say(f"search: {shown(group) or 'one group'}")
-            notes, chosen = Notes.open(mine / str(number)), replaced(recipe, group)
+            # Of other content of model or data nothing is played again.
+            notes = Notes.open(mine / f"{number}-{key(example)[:12]}")
+            chosen = replaced(recipe, group)
             with Follow(notes, tracking, plan.key, group, recipe, key, say) as follow:
                 found = search(
                     group,
@@ -131,8 +135,7 @@ def run(plan: Plan) -> int:
         say(page.table(plan, outcomes))
         say(f"report  {out / 'report.html'}\nMLflow  {here.viewer}", soft_wrap=True)
         if best is None:
-            say("no trial ended well; the table says why")
-            return 1
+            raise StepFailed("no trial ended well; the table says why")
         say(f"best    python pipelines/full.py {page.line(plan, best)}", soft_wrap=True)
     return 0
 
