@@ -47,17 +47,19 @@ def s3():
 
 @pytest.fixture(scope="module")
 def cluster(s3):
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        _temp_dir=tempfile.mkdtemp(prefix="ray"),  # its sockets need a short path
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
-    )
-    yield
-    ray.shutdown()
+    # Ray's sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+            _temp_dir=short,
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
+        )
+        yield
+        ray.shutdown()
 
 
 def run(root: Path, tokenizer: Path, fn, specs: list[SourceSpec], **settings):
