@@ -139,7 +139,7 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
 
 def table(**chosen: object) -> str:
     """What results.jsonl has, as Markdown: share of gain in % / perplexity out of domain, means and
-    deviations over seeds, of the machine on which there are most seeds, or else the GPU. Of Semi
+    deviations over seeds, of the machine on which there are most seeds, or else the CPU. Of Semi
     and Unst without offsets, where another pruned model on each shows, the CPU if it has any."""
     found = kept("gap", **chosen)
     models = list(dict.fromkeys((line["method"], line["ratio"]) for line in found))
@@ -150,7 +150,7 @@ def table(**chosen: object) -> str:
         mine = [line for line in mine if line["way"] == way]
         on_gpu, on_cpu = ([line for line in mine if line["gpu"] is gpu] for gpu in (True, False))
         of_machine = model[1] is None and "offsets" not in way
-        lines = on_cpu if on_cpu and of_machine else max(on_gpu, on_cpu, key=len)
+        lines = on_cpu if on_cpu and of_machine else max(on_cpu, on_gpu, key=len)
         shares = [100 * line["share"] for line in lines if line["share"] is not None]
         if not shares:  # full LoRA gained next to nothing
             return "-" if lines else ""
