@@ -198,7 +198,8 @@ def check_fits(tensors: Mapping[str, Sequence[int]], config: PreTrainedConfig) -
         wanted = (linear.out_features, linear.in_features)[dim]
         if shape[dim] != wanted:
             found = f"{module}.{factor} of shape {tuple(shape)}"
-            refuse("adapter", found, f"{wanted} along dim {dim}, as this model")
+            accepted = f"{wanted} along dim {dim}, as this model; one of a pruned model, recovered"
+            refuse("adapter", found, accepted)
 
 
 def open_adapted(
