@@ -40,8 +40,8 @@ from loram.shards import finite, link
 
 @dataclass(frozen=True)
 class OffsetConfig:
-    """every: after every so manieth layer, and the last, the stream is corrected; 1: after each; 0:
-    after none.
+    """every: the stream is corrected after each layer whose number this divides, and after the
+    last; 1: after all; 0: after none.
 
     parts: in how many of equal length SFT is done; before each the offsets of its rows are found.
     """

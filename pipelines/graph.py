@@ -124,7 +124,8 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         aligned = {"pruned": small, "corpus": corpus}
         small = light("align", steps.align, recipe.align, aligned)
     if sparse:
-        small = Step("pack", steps.pack, steps.PackConfig(recipe.nf4), {"model": small})
+        packing = steps.PackConfig(recipe.nf4)
+        small = heavy("pack", steps.pack, packing, {"model": small}, gpus=0)
     elif recipe.nf4:
         small = heavy("quantise", steps.quantise, steps.Empty(), {"model": small})
 

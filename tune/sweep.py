@@ -32,8 +32,8 @@ from pipelines.locate import locate  # noqa: E402
 from pipelines.lock import try_lock  # noqa: E402
 from pipelines.recipe import Recipe  # noqa: E402
 from pipelines.session import Session, session  # noqa: E402
-from pipelines.step import Source, Step  # noqa: E402
 from pipelines.settings import check_settings  # noqa: E402
+from pipelines.step import Source, Step  # noqa: E402
 from pipelines.store import Store  # noqa: E402
 from tune import page  # noqa: E402
 from tune.follow import Follow, shown  # noqa: E402
