@@ -70,7 +70,7 @@ def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> Document:
 
 
 def encode_chat(
-    messages: list[Message], tokenizer: "PreTrainedTokenizerBase", seq_len: int
+    messages: list[Message], tokenizer: "PreTrainedTokenizerBase", seq_len: int | None = None
 ) -> Document:
     """The conversation as the model's own chat template writes it.
 
@@ -81,7 +81,7 @@ def encode_chat(
     Args:
         messages: as `formats.to_messages` gives them.
         tokenizer: a fast one with a chat template.
-        seq_len: tokens kept; what is beyond is cut off.
+        seq_len: tokens kept; what is beyond is cut off. None: all.
 
     Raises:
         ValueError: the template refuses or rewrites the conversation, or no trained token is left.
@@ -104,9 +104,9 @@ def encode_chat(
             ids = [*ids[:length], end_of_text(tokenizer)]
             trained = np.append(trained[:length], True)
     trained[0] = False  # nothing comes before it, so it cannot be predicted
-    truncated = len(ids) > seq_len
+    truncated = seq_len is not None and len(ids) > seq_len
     if not trained[:seq_len].any():
-        raise ValueError(f"no token of an answer within the first {seq_len}")
+        raise ValueError(f"no token of an answer within the first {len(ids[:seq_len])}")
     return Document(np.array(ids[:seq_len], np.int32), trained[:seq_len], truncated)
 
 

@@ -28,16 +28,21 @@ ROLES = {
 }
 
 
+def known_form(columns: Iterable[str]) -> str | None:
+    """The form of rows with these columns, a key of `FORMS`, if it is one of them."""
+    there = set(columns)
+    return next((form for form, needed in FORMS.items() if there.issuperset(needed)), None)
+
+
 def detect(columns: Iterable[str], setting: str = "source") -> str:
-    """The form of rows with these columns, a key of `FORMS`.
+    """As `known_form`.
 
     Raises:
         UserError: no form has these columns; lists those that are accepted.
     """
     there = set(columns)
-    for form, needed in FORMS.items():
-        if there.issuperset(needed):
-            return form
+    if form := known_form(there):
+        return form
     refuse(setting, f"columns {', '.join(map(repr, sorted(there))) or 'none'}", ACCEPTED)
 
 

@@ -38,7 +38,7 @@ from pipelines.sample import (
     quotas,
     with_spares,
 )
-from pipelines.sources import File, SourceSpec, choose_files, digest, find_form, list_files
+from pipelines.sources import File, Form, SourceSpec, choose_files, digest, find_form, list_files
 from pipelines.spool import SCHEMA, read_spool, write_spool
 from pipelines.step import Metrics
 from pipelines.tokenise import tokenise
@@ -53,9 +53,10 @@ EVERY_S = 2.0  # a line of progress
 def build_corpus(
     config: CorpusConfig, *, tokenizer: str, out: Path, work: Path, place: Place, **sources: str
 ) -> Metrics:
-    """Documents of general text -> out/train and out/held_out, packed without padding.
+    """Texts and conversations -> out/train and out/held_out, packed without padding.
 
-    No document is in both. Malformed rows go to out/rejects.jsonl.
+    No document is in both. Of a conversation the answers are trained. Malformed rows go to
+    out/rejects.jsonl.
 
     Args:
         tokenizer: model directory or hub id.
@@ -155,10 +156,10 @@ def _numbered(files: list[list[File]], seed: int, limits: list[int | None]) -> I
 
 
 def _tokenised(
-    files: list[list[File]], forms: list[str], sample: Sample, tokenizer: str, seq_len: int | None
+    files: list[list[File]], forms: list[Form], sample: Sample, tokenizer: str, seq_len: int | None
 ) -> Iterator[pa.Table]:
-    """Tables of spool.SCHEMA with `reason`, null for a good row, in no order; of conversations if
-    there is a seq_len."""
+    """Tables of spool.SCHEMA with `reason`, null for a good row, in no order; conversations of at
+    most seq_len tokens."""
     order = np.lexsort((sample.number, sample.file, sample.source))
     starts = np.flatnonzero(
         np.diff(sample.source[order], prepend=-1) | np.diff(sample.file[order], prepend=-1)
@@ -166,13 +167,12 @@ def _tokenised(
     items = []
     for ranks in np.split(order, starts[1:]):
         source, file = sample.source[ranks[0]], sample.file[ranks[0]]
-        item = {"uri": files[source][file].uri, "form": forms[source]}
+        name, chat = forms[source]
+        item = {"uri": files[source][file].uri, "form": name, "chat": chat}
         items.append(item | {"ranks": ranks.tobytes(), "numbers": sample.number[ranks].tobytes()})
     # Readers ask for no CPU: a waiting one must not keep tokenisation, which makes room, from it.
     readers = ray.data.TaskPoolStrategy(size=min(READERS, len(items)))
-    contents = _dataset(items).map_batches(
-        read, batch_size=1, fn_kwargs={"chat": bool(seq_len)}, num_cpus=0, compute=readers
-    )
+    contents = _dataset(items).map_batches(read, batch_size=1, num_cpus=0, compute=readers)
     tokenised = contents.map_batches(
         tokenise,
         batch_size=None,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from loram.errors import UserError
 from pipelines.readers import read_numbers, read_rows
 from pipelines.sample import lowest, rank
-from pipelines.sources import content
+from pipelines.sources import Form, content
 
 ROWS = 64  # read at a time
 CONTENTS = pa.schema(
@@ -36,18 +36,19 @@ def number(batch: dict[str, Any], seed: int, limits: list[int | None]) -> pa.Tab
     return pa.table(columns | {"failure": pa.array([failure] * len(ranked), pa.string())})
 
 
-def read(batch: dict[str, Any], chat: bool) -> Iterator[pa.Table]:
+def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
     """Rows of one file -> tables of CONTENTS."""
-    uri, form = str(batch["uri"][0]), str(batch["form"][0])
+    uri, form = str(batch["uri"][0]), Form(str(batch["form"][0]), bool(batch["chat"][0]))
     ranks, numbers = (np.frombuffer(batch[name][0], np.int64) for name in ("ranks", "numbers"))
-    rows = zip(ranks.tolist(), read_rows(uri, numbers, None if chat else [form]), strict=True)
+    columns = None if form.chat else [form.name]
+    rows = zip(ranks.tolist(), read_rows(uri, numbers, columns), strict=True)
     try:
         while some := list(islice(rows, ROWS)):
             table = []
             for place, row in some:
                 entry = {"rank": place, "content": None, "reason": None, "failure": None}
                 try:
-                    text = json.dumps(content(row, form, chat=chat), ensure_ascii=False)
+                    text = json.dumps(content(row, form), ensure_ascii=False)
                     table.append(entry | {"content": text.encode()})
                 except ValueError as error:
                     table.append(entry | {"reason": str(error)})

@@ -10,13 +10,13 @@ import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 
 from loram.errors import refuse
-from loram.formats import detect, to_messages
+from loram.formats import detect, known_form, to_messages
 from loram.packing import scatter
 from pipelines.digest import file_digest, read_digest
 from pipelines.readers import SUFFIXES, Row, opened, parquet_columns, read_rows
@@ -30,14 +30,23 @@ class SourceSpec:
     """A source as a recipe names it.
 
     path: file, directory or pattern; s3:// and hf://datasets/ too. weight: its part of the rows,
-    relative to the other sources. text: the column of a corpus; instructions are recognised by
-    theirs. share: at most this part of its bytes is read, from files chosen by the seed.
+    relative to the other sources. text: the column of a corpus; one without it may hold
+    conversations, which like instructions are recognised by their columns. share: at most this part
+    of its bytes is read, from files chosen by the seed.
     """
 
     path: str
     weight: float = 1.0
     text: str = "text"
     share: float = 1.0
+
+
+class Form(NamedTuple):
+    """How rows hold what is read: as conversations of this form (`loram.formats`), or as text in
+    the column of this name."""
+
+    name: str
+    chat: bool
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def peek(spec: SourceSpec, setting: str, *, chat: bool, rows: int = 1000) -> lis
     good, reasons = [], []
     for row in itertools.islice(itertools.chain(*(read_rows(f.uri) for f in files)), rows):
         try:
-            good.append(content(row, form, chat=chat))
+            good.append(content(row, form))
         except ValueError as error:
             reasons.append(f"row {row.number + 1}: {error}")
     if not good:
@@ -150,8 +159,8 @@ def peek(spec: SourceSpec, setting: str, *, chat: bool, rows: int = 1000) -> lis
     return good
 
 
-def find_form(files: list[File], spec: SourceSpec, setting: str, *, chat: bool) -> str:
-    """The form of the source's instructions, or the column of its text.
+def find_form(files: list[File], spec: SourceSpec, setting: str, *, chat: bool) -> Form:
+    """That of the source's rows; of a corpus text goes before conversations.
 
     Raises:
         UserError: the columns of the first row fit neither.
@@ -168,14 +177,16 @@ def find_form(files: list[File], spec: SourceSpec, setting: str, *, chat: bool) 
         else:
             refuse(setting, f"{spec.path}, with no readable row at its start", KINDS)
     if chat:
-        return detect(columns, f"{setting}: {spec.path}")
-    if spec.text not in columns:
-        found = f"no column {spec.text!r} in {spec.path}"
-        refuse(f"{setting}: text", found, f"one of {', '.join(map(repr, columns))}")
-    return spec.text
+        return Form(detect(columns, f"{setting}: {spec.path}"), True)
+    if spec.text in columns:
+        return Form(spec.text, False)
+    if form := known_form(columns):
+        return Form(form, True)
+    found = f"no column {spec.text!r} in {spec.path}"
+    refuse(f"{setting}: text", found, f"one of {', '.join(map(repr, columns))}")
 
 
-def content(row: Row, form: str, *, chat: bool) -> Any:
+def content(row: Row, form: Form) -> Any:
     """The row's text, or its conversation as `loram.formats.Message`s.
 
     Raises:
@@ -183,11 +194,11 @@ def content(row: Row, form: str, *, chat: bool) -> Any:
     """
     if row.values is None:
         raise ValueError(row.reason)
-    if chat:
-        return to_messages(row.values, form)
-    text = row.values.get(form)
+    if form.chat:
+        return to_messages(row.values, form.name)
+    text = row.values.get(form.name)
     if not isinstance(text, str):
-        raise ValueError(f"{form!r} is {type(text).__name__}, no text")
+        raise ValueError(f"{form.name!r} is {type(text).__name__}, no text")
     if not text.strip():
         raise ValueError("empty text")
     return text

@@ -14,7 +14,7 @@ def tokenise(table: pa.Table, tokenizer: str, seq_len: int | None) -> pa.Table:
     """A table of CONTENTS -> one of spool.SCHEMA, with `reason` for each bad row, and `failure`.
 
     Args:
-        seq_len: of conversations; None: the contents are texts.
+        seq_len: most tokens of a conversation; None: as many as it has.
     """
     opened, documents, reasons = _tokenizer(tokenizer), [], []
     for text, reason in zip(table["content"].to_pylist(), table["reason"].to_pylist(), strict=True):
@@ -22,9 +22,8 @@ def tokenise(table: pa.Table, tokenizer: str, seq_len: int | None) -> pa.Table:
         if text is not None:
             row = json.loads(text)
             try:
-                document = (
-                    encode_chat(row, opened, seq_len) if seq_len else encode_text(row, opened)
-                )
+                chat = isinstance(row, list)
+                document = encode_chat(row, opened, seq_len) if chat else encode_text(row, opened)
             except ValueError as error:
                 reason = str(error)
         documents.append(document)

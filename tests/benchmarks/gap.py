@@ -26,7 +26,7 @@ from pipelines.execute import execute
 from pipelines.graph import build
 from pipelines.launch import ray_launch, start_ray
 from pipelines.locate import locate
-from pipelines.recipes import resolve
+from pipelines.recipes import asset, resolve
 from pipelines.step import order
 from pipelines.store import Store
 from tests.benchmarks import keep, kept
@@ -99,6 +99,9 @@ WAYS |= {
     for way, changes in WAYS.items()
     if way.startswith(("task", "general")) and "offsets 30" in way
 }
+# The corpus is of conversations, also for scores; those are the rows out of domain, and others.
+TALKS = [f'corpus.sources=[{{"path": "{asset("alpaca.jsonl")}"}}]', "corpus.rows=300"]
+WAYS |= {f"{way}, talks": [*WAYS[way], *TALKS] for way in ("none", "align", "general")}
 # What is run unless it is said; the last is the recipe's own.
 DEFAULT = ["none", "align", "distil", "general", "task", "both", "bound"]
 DEFAULT += ["task, gradients, offsets 30, 2 parts"]
