@@ -40,8 +40,9 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
     ):
         for spec in sources:
             found = peek(spec, setting, chat=kind is Instruct)
-            if kind is Instruct:
-                check_trainable(found, setting, tokenizer, recipe.sft.seq_len)
+            if isinstance(found[0], list):  # conversations, which a corpus may hold too
+                length = recipe.sft.seq_len if kind is Instruct else None
+                check_trainable(found, setting, tokenizer, length)
     check_hardware(recipe)
     tracking.check(recipe.tracking or tracking.local(home() / "mlflow"))
     return config
@@ -65,7 +66,7 @@ def check_trainable(
     conversations: list[list[Message]],
     setting: str,
     tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
+    seq_len: int | None,
 ) -> None:
     """Refuse instructions of which `peek` found none with a trainable token."""
     reason = ""

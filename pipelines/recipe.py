@@ -23,7 +23,7 @@ from pipelines.sources import SourceSpec
 
 @dataclass(frozen=True)
 class Corpus:
-    """General text for alignment and calibration.
+    """General text, or conversations, for alignment and calibration.
 
     rows: documents chosen at random over all sources, by weight. held_out: packed rows kept from
     training for evaluation at intervals. max_bad_share: malformed rows tolerated.

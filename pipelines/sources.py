@@ -155,7 +155,7 @@ def peek(spec: SourceSpec, setting: str, *, chat: bool, rows: int = 1000) -> lis
             reasons.append(f"row {row.number + 1}: {error}")
     if not good:
         found = f"{spec.path}, where none of the first {len(reasons)} rows is good ({reasons[0]})"
-        refuse(setting, found, "instructions with answers" if chat else "rows with text")
+        refuse(setting, found, "instructions with answers" if form.chat else "rows with text")
     return good
 
 
@@ -176,14 +176,12 @@ def find_form(files: list[File], spec: SourceSpec, setting: str, *, chat: bool) 
                 break
         else:
             refuse(setting, f"{spec.path}, with no readable row at its start", KINDS)
-    if chat:
-        return Form(detect(columns, f"{setting}: {spec.path}"), True)
-    if spec.text in columns:
+    if not chat and spec.text in columns:
         return Form(spec.text, False)
-    if form := known_form(columns):
-        return Form(form, True)
-    found = f"no column {spec.text!r} in {spec.path}"
-    refuse(f"{setting}: text", found, f"one of {', '.join(map(repr, columns))}")
+    if chat or known_form(columns):
+        return Form(detect(columns, f"{setting}: {spec.path}"), True)
+    found, names = f"no column {spec.text!r} in {spec.path}", ", ".join(map(repr, columns))
+    refuse(f"{setting}: text", found, f"one of {names}, or the columns of conversations")
 
 
 def content(row: Row, form: Form) -> Any:

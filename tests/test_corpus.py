@@ -165,30 +165,16 @@ def test_corpus_from_several_places(step, s3, smollm2, tmp_path):
 
 
 def test_a_corpus_of_texts_and_conversations(step, smollm2, tmp_path):
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"Ask {n}"},
-                {"role": "assistant", "content": "Y"},
-            ]
-        }
-        for n in range(60)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "talks.parquet")
-    specs = [
-        write_lines(tmp_path / "a.jsonl", texts(0, 60)),
-        SourceSpec(str(tmp_path / "*.parquet")),
-    ]
+    pq.write_table(pa.Table.from_pylist(talks(60)), tmp_path / "a.parquet")
+    specs = [write_lines(tmp_path / "a.jsonl", texts(0, 60)), SourceSpec(f"{tmp_path}/*.parquet")]
     out, metrics = step(build_corpus, specs, rows=100, held_out=1, seq_len=64)
     assert metrics["padding"] == 0 and metrics["rejected"] == 0
     packed, tokenizer = Packed(out / "train"), AutoTokenizer.from_pretrained(smollm2)
     found = packed.fetch(range(packed.rows))
     whole = tokenizer.decode(found["input_ids"].ravel())
-    asked, trained = whole.count("<|im_start|>user\nAsk "), found["labels"].ravel()
-    assert 40 <= asked <= 50 and 40 <= whole.count("Text ") <= 50
-    learnt = tokenizer.decode(trained[trained != -100])
-    assert "Ask" not in learnt and learnt.count("Y<|im_end|>") >= 40
-    assert learnt.count("end.") >= 40
+    assert 40 <= whole.count("user\nSay ") <= 50 and 40 <= whole.count("Text ") <= 50
+    learnt = tokenizer.decode(found["labels"][found["labels"] != -100])
+    assert "Say" not in learnt and learnt.count("sir.") >= 40 and learnt.count("end.") >= 40
 
 
 def test_instructions_are_split_and_packed_whole(step, smollm2, tmp_path):

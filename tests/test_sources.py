@@ -148,6 +148,8 @@ def test_what_a_glance_refuses(tmp_path):
     assert found.startswith("corpus.sources: text: found no column 'content'")
     assert "'text', 'id'" in found
     assert "columns 'id', 'text'" in refused(tmp_path / "rows.jsonl", chat=True)
+    (tmp_path / "talks.jsonl").write_text('{"instruction": "a", "output": ""}\n')
+    assert "accepted: instructions with answers" in refused(tmp_path / "talks.jsonl")
     (tmp_path / "rows.jsonl").write_bytes(whole[:-9])
     assert "cut off: its last row does not end" in refused(tmp_path / "rows.jsonl")
     assert "weight" in refused(tmp_path / "rows.jsonl", weight=0.0)

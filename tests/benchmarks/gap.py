@@ -101,7 +101,7 @@ WAYS |= {
 }
 # The corpus is of conversations, also for scores; those are the rows out of domain, and others.
 TALKS = [f'corpus.sources=[{{"path": "{asset("alpaca.jsonl")}"}}]', "corpus.rows=300"]
-WAYS |= {f"{way}, talks": [*WAYS[way], *TALKS] for way in ("none", "align", "general")}
+WAYS["general, talks"] = [*WAYS["general"], *TALKS]
 # What is run unless it is said; the last is the recipe's own.
 DEFAULT = ["none", "align", "distil", "general", "task", "both", "bound"]
 DEFAULT += ["task, gradients, offsets 30, 2 parts"]
