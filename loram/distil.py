@@ -73,7 +73,7 @@ def write_targets(
             if i == len(layers):
                 norm, head = layers.head()
                 normed = (norm(h.to(layers.device)) for h in hidden)
-                kept.write_several("top", (_top(head, h, config.top) for h in normed))
+                kept.write_several("top", (top_tokens(head, h, config.top) for h in normed))
     write_info(done, batches, chosen)
     shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
     spool.clear()
@@ -165,8 +165,9 @@ def _divergence(head: nn.Module, hidden: Tensor, ids: Tensor, log_probs: Tensor)
     return (p.exp() * (p - q)).sum()
 
 
-def _top(head: nn.Module, hidden: Tensor, count: int) -> Batch:
-    """`log_probs` (float16) and `ids` (int32) of the likeliest tokens of each position."""
+def top_tokens(head: nn.Module, hidden: Tensor, count: int) -> Batch:
+    """The likeliest tokens after each of the normed states (b, T, hidden): `log_probs`, float16,
+    and `ids`, int32, (b, T, count)."""
     found: Iterator[Any] = (
         head(part).float().log_softmax(-1).topk(count) for part in hidden.flatten(0, 1).split(CHUNK)
     )

@@ -90,8 +90,8 @@ def write_offsets(
 
     A position takes, for each layer, 4 bytes and one a value (float8 with a scale a position); the
     next offset makes up for what that rounds off. Peak memory: one layer of the large model in
-    float32, then the small one as it is trained; the activations and twice the offsets of one
-    batch.
+    float32, then the small one as it is trained; the activations of one batch. Off the device, the
+    offsets of a batch three times.
 
     Args:
         source: directory or hub id of the full model.
@@ -200,8 +200,9 @@ def _missing(
 
     def correct(i: int, number: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
         finite(output, f"the output of layer {i - 1} of the small model")
-        found.append(to_float8(large.read(f"{i}", number).to(output) - output))
-        return output + from_float8(found[-1]).to(output)  # as training adds it
+        kept = to_float8(large.read(f"{i}", number).to(output) - output)
+        found.append({name: tensor.cpu() for name, tensor in kept.items()})
+        return output + from_float8(kept).to(output)  # as training adds it
 
     decoder = _base(small.eval()).model
     points = [(i, decoder.layers[i - 1]) for i in chosen]

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from loram import memory, plan
+from loram import layer_memory, memory, plan
 from loram.errors import UserError
 from loram.model import read_config
 from loram.offsets import corrected
@@ -119,18 +119,25 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
 
     rows, seq_len, less = place.micro_batch, recipe.align.seq_len, place.gradient_checkpointing
     if recipe.prune.method != "rand":
-        needed = memory.prune_bytes(config, recipe.prune, rows, seq_len)
+        needed = layer_memory.prune_bytes(config, recipe.prune, rows, seq_len)
         row("score, prune (a layer at a time)", needed)
     if recipe.compensate.rank:
         longest, back = max(seq_len, recipe.sft.seq_len), recipe.compensate.gradients
-        needed = memory.compensate_bytes(config, rows, longest, back)
+        needed = layer_memory.compensate_bytes(config, rows, longest, back)
         row("compensate (a layer at a time)", needed)
+    if recipe.distil.top:
+        needed = layer_memory.targets_bytes(config, rows, seq_len, recipe.distil.top)
+        row("targets (a layer at a time)", needed)
     if recipe.align.steps:
         options: dict[str, Any] = {"workers": place.workers, "masked": plan.size(small).masked}
         needed = memory.align_bytes(aligned, rows, seq_len, less, **options)
         row("distil" if recipe.distil.top else "align", needed)
     plain = replace(recipe.adapter, masked=False)
     batch = rows, recipe.sft.seq_len, less
+    if recipe.offset.every:
+        trained = recipe.adapter if recipe.offset.parts > 1 else None
+        models = config, small, trained, recipe.nf4
+        row("offsets", layer_memory.offsets_bytes(*models, rows, recipe.sft.seq_len))
     offsets = len(corrected(config, recipe.offset.every))
     needed = memory.sft_bytes(small, recipe.adapter, recipe.nf4, *batch, offsets)
     row("sft", needed)
