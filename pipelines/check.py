@@ -14,6 +14,7 @@ from loram.model import check_weights
 from loram.plan import size
 from pipelines import disk, tracking
 from pipelines.assets import home
+from pipelines.lock import try_lock
 from pipelines.recipe import Corpus, Instruct, Recipe
 from pipelines.settings import check_settings
 from pipelines.sources import peek
@@ -44,6 +45,7 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
                 length = recipe.sft.seq_len if kind is Instruct else None
                 check_trainable(found, setting, tokenizer, length)
     check_hardware(recipe)
+    check_directory("LORAM_HOME", home() / "mlflow")
     tracking.check(recipe.tracking or tracking.local(home() / "mlflow"))
     return config
 
@@ -82,7 +84,9 @@ def check_trainable(
 
 def check_hardware(recipe: Recipe) -> None:
     """Enough GPUs and CPUs; a running cluster may still grow and is not asked here."""
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        if "://" in address:  # to this one jobs are submitted
+            refuse("RAY_ADDRESS", address, "HOST:PORT of a cluster's head, or auto")
         return
     place, gpus, cpus = recipe.place, torch.cuda.device_count(), os.cpu_count() or 1
     asked = place.workers * place.gpus_per_worker
@@ -96,19 +100,25 @@ def check_hardware(recipe: Recipe) -> None:
         refuse("GPU", f"compute capability {found}", "8.0 or newer, for bfloat16")
 
 
+def check_directory(setting: str, directory: Path) -> None:
+    """It can be written, and files in it locked."""
+    probe = directory / f".probe-{os.getpid()}"
+    try:
+        if lock := try_lock(probe):
+            lock.release()
+        probe.unlink()
+    except OSError as error:
+        found = f"{directory}, not writable or without locks ({error.strerror})"
+        refuse(setting, found, "a writable directory, on a file system with flock")
+
+
 def check_store(store: Path, config: PreTrainedConfig, known: int = 0) -> None:
     """The store can be written and holds what a run of this model leaves there.
 
     Args:
         known: bytes of what the large model makes of rows: targets, offsets.
     """
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        probe = store / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        refuse("store", f"{store}, not writable ({error.strerror})", "a writable directory")
+    check_directory("store", store)
     # Pruned, aligned and quantised copies, and checkpoints of alignment in float32 with moments.
     needed, free = 15 * size(config).total + known, shutil.disk_usage(store).free
     if free < needed:

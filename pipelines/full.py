@@ -21,12 +21,11 @@ from huggingface_hub.utils import disable_progress_bars  # noqa: E402
 from loram.errors import UserError  # noqa: E402
 from loram.plan import size  # noqa: E402
 from pipelines import report, results  # noqa: E402
-from pipelines.assets import home  # noqa: E402
 from pipelines.check import check  # noqa: E402
 from pipelines.dry_run import dry_run  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
-from pipelines.launch import ray_launch, start_ray  # noqa: E402
+from pipelines.launch import check_room, ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.recipe import Recipe, flat  # noqa: E402
 from pipelines.recipes import resolve  # noqa: E402
@@ -47,7 +46,7 @@ def main(words: list[str] | None = None) -> int:
 
     def go() -> int:
         recipe = resolve(options.recipe, options.changes)
-        store = Store(Path(recipe.store or home() / "store").absolute())
+        store = Store.at(recipe.store)
         return dry_run(recipe, store) if options.dry_run else run(recipe, store)
 
     return command(go)
@@ -81,6 +80,7 @@ def run(recipe: Recipe, store: Store) -> int:
     with session(recipe, store, recipe.name, tags) as here:
         here.say(f"LoRAM {recipe.name}: store {store.root}")
         start_ray()
+        check_room(recipe.place)
         execute(targets, store, ray_launch, recipe.place, here.on)
         rows = results.rows(graph, store, size(config))
         out = here.report()

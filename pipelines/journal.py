@@ -24,7 +24,7 @@ from typing import Any
 from pipelines.lock import Lock, try_lock
 
 SECRETS = (
-    (re.compile(r"(\w://)[^/@\s]+@"), r"\1***@"),  # scheme://user:password@host
+    (re.compile(r"(\w://)[^/\s\"]+@"), r"\1***@"),  # scheme://user:pass@word@host
     (
         re.compile(r"([?&][^=&\s]*(?:token|sign|secret|key|passw|cred)[^=&\s]*=)[^&\s\"]+", re.I),
         r"\1***",

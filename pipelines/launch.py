@@ -11,7 +11,7 @@ import ray
 
 from loram.errors import UserError, refuse
 from pipelines.execute import run
-from pipelines.place import forget_peak
+from pipelines.place import Place, forget_peak
 from pipelines.step import Metrics, Step
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +54,34 @@ def start_ray() -> None:
         runtime_env={"env_vars": ENV | EMBEDDED | told},
         **quiet,
     )
+
+
+def most() -> dict[str, float]:
+    """The CPUs and GPUs of the running cluster, or those that it may grow to."""
+    now, grown = ray.cluster_resources(), _grown()
+    return {name: max(now.get(name, 0), grown.get(name, 0)) for name in ("CPU", "GPU")}
+
+
+def check_room(place: Place) -> None:
+    """Refuse what the cluster can never run: Ray would wait for it for ever, and say nothing.
+
+    Raises:
+        UserError: more CPUs or GPUs than there are or may be, or for a worker than a node has.
+    """
+    there, nodes = most(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, each in (("CPU", place.cpus_per_worker), ("GPU", place.gpus_per_worker)):
+        setting, asked = f"place.{name.lower()}s_per_worker", place.workers * each
+        if asked > there[name]:
+            found, room = f"{asked} {name}s", f"at most {there[name]:g} in this Ray"
+            refuse(f"place.workers x {setting}", found, room)
+        largest = max(node.get(name, 0) for node in nodes)
+        if each > largest and not _grown():
+            refuse(setting, each, f"at most {largest:g}, those of one node")
+
+
+def _grown() -> dict[str, float]:
+    """What an autoscaler may make of the cluster; empty if it has none."""
+    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
 def ray_launch(

@@ -176,6 +176,8 @@ def read(name: str, changes: list[str]) -> Recipe:
             settings = json.loads(Path(name).read_text())
         except ValueError as error:
             refuse("recipe", f"{name}, which is not JSON ({error})", "a recipe.json of a run")
+        if not isinstance(settings, dict):
+            refuse("recipe", f"{name}, a JSON list or value", "a recipe.json of a run")
     else:
         refuse("recipe", repr(name), f"{', '.join(NAMED)}, or a recipe.json of a run")
     return parsed(changed(settings, changes))

@@ -11,6 +11,7 @@ from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
 from pipelines.recipe import Recipe
 from pipelines.sample import quotas
+from pipelines.sources import SourceSpec
 
 COMPARISONS = ("lora", "qlora", "bound")
 
@@ -56,27 +57,39 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
         _at_least("instruct.rows", recipe.instruct.rows, recipe.instruct.held_out + 1)
     _at_least("evaluate.rows", recipe.evaluate.rows, 1)
     _at_least("evaluate.answers", recipe.evaluate.answers, 0)
-    for name, sources in (
-        ("corpus.sources", recipe.corpus.sources),
-        ("instruct.sources", recipe.instruct.sources),
-        ("evaluate.out_of_domain", recipe.evaluate.out_of_domain),
-    ):
-        if not sources:
-            refuse(name, "none", "at least one source")
     for setting, data in (("corpus", recipe.corpus), ("instruct", recipe.instruct)):
         if not 0 <= data.max_bad_share <= 1:
             refuse(f"{setting}.max_bad_share", data.max_bad_share, "a number in [0, 1]")
-        parts = quotas(data.rows, [spec.weight for spec in data.sources], f"{setting}.rows")
-        for spec, part in zip(data.sources, parts, strict=True):
-            if part == 0:
-                found = f"{data.rows}, by the weights none of {spec.path}"
-                refuse(f"{setting}.rows", found, "enough for a row of every source")
+        _check_sources(f"{setting}.sources", data.sources, f"{setting}.rows", data.rows)
+    for setting in ("in_domain", "out_of_domain"):
+        sources = getattr(recipe.evaluate, setting)
+        if sources or setting == "out_of_domain":
+            name, rows = f"evaluate.{setting}", recipe.evaluate.rows
+            _check_sources(name, sources, "evaluate.rows", rows)
     if not recipe.experiment.strip():
         refuse("experiment", "an empty name", "a name")
     for name, train in (("align", recipe.align), ("sft", recipe.sft)):
         _check_training(name, train, recipe, config)
     _at_least("sft.steps", recipe.sft.steps, 1)
     return config
+
+
+def _check_sources(
+    setting: str, sources: tuple[SourceSpec, ...], divided: str, rows: int | None
+) -> None:
+    """One at least, and so many rows, the setting `divided`, that each gives some."""
+    if not sources:
+        refuse(setting, "none", "at least one source")
+    for spec in sources:
+        if not 0 < spec.weight < float("inf"):
+            refuse(f"{setting}: weight", spec.weight, "a number above 0")
+        if not 0 < spec.share <= 1:
+            refuse(f"{setting}: share", spec.share, "a number above 0, at most 1")
+    parts = quotas(rows, [spec.weight for spec in sources], divided)
+    for spec, part in zip(sources, parts, strict=True):
+        if part == 0:
+            found = f"{rows}, by the weights none of {spec.path}"
+            refuse(divided, found, "enough for a row of every source")
 
 
 def _check_pruning(config: PreTrainedConfig, prune: PruneConfig, masked: bool) -> None:

@@ -137,13 +137,11 @@ def peek(spec: SourceSpec, setting: str, *, chat: bool, rows: int = 1000) -> lis
         The good ones among them: texts, or conversations as `loram.formats.Message` lists.
 
     Raises:
-        UserError: a missing, empty, truncated or non-text file; a missing column; no good row.
+        UserError: a missing, empty, truncated or non-text file; a missing column; no good row; a
+            share that no file is within.
     """
-    if not 0 < spec.weight < float("inf"):
-        refuse(f"{setting}: weight", spec.weight, "a number above 0")
-    if not 0 < spec.share <= 1:
-        refuse(f"{setting}: share", spec.share, "a number above 0, at most 1")
     files = list_files(spec.path, setting)
+    choose_files(files, spec.share)  # whichever they will be
     for file in files if not files[0].stamp else files[:1]:
         _check_file(file, setting)
     form = find_form(files, spec, setting, chat=chat)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from loram.errors import UserError, refuse
+from pipelines.assets import home
 from pipelines.digest import file_digest
 from pipelines.lock import Lock, try_lock
 from pipelines.seal import RECORD, sync
@@ -33,6 +34,20 @@ class Store:
     """A directory of entries, each named by its slug: `<step>-<first 12 digits of its key>`."""
 
     root: Path
+
+    @classmethod
+    def at(cls, given: str) -> "Store":
+        """That of a recipe; the default one if it names none.
+
+        Raises:
+            UserError: a relative path in a cluster, where a job's directory is a copy that goes
+                with it, and other nodes have others.
+        """
+        paths = {"store": given, "LORAM_HOME": os.environ.get("LORAM_HOME", "")}
+        for setting, path in paths.items() if os.environ.get("RAY_ADDRESS") else ():
+            if path and not Path(path).is_absolute():
+                refuse(setting, path, "an absolute path, on all nodes the same directory")
+        return cls(Path(given or home() / "store").absolute())
 
     def entry(self, slug: str) -> Path:
         """Where the finished step is, or will be."""
@@ -204,18 +219,16 @@ def listing(store: Store) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
-    from pipelines.assets import home
-
     parser = argparse.ArgumentParser(prog="python -m pipelines.store", description="Results kept.")
-    parser.add_argument("--store", type=Path, help="default: the store of make full")
+    parser.add_argument("--store", default="", help="default: the store of make full")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="every entry with its size and last use")
     verbs.add_parser("remove", help="remove entries").add_argument("entry", nargs="+")
     cleaning = verbs.add_parser("clean", help="remove what dead runs left behind")
     cleaning.add_argument("--unused-days", type=float, help="also entries unused for so long")
     options = parser.parse_args(words)
-    store = Store((options.store or home() / "store").absolute())
     try:
+        store = Store.at(options.store)
         if options.verb == "list":
             lines = listing(store)
         elif options.verb == "remove":

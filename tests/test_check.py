@@ -57,6 +57,9 @@ def refused(capsys, tmp_path):
         ("instruct.max_bad_share=1.5", "[0, 1]"),
         ("corpus.max_bad_share=-1", "[0, 1]"),
         ("corpus.rows=1", "by the weights none of"),
+        ('corpus.sources=[{"path": "a.jsonl", "weight": 0}]', "corpus.sources: weight"),
+        ('corpus.sources=[{"path": "a.jsonl", "weight": NaN}]', "corpus.sources: weight"),
+        ('evaluate.in_domain=[{"path": "a.jsonl", "share": 1.5}]', "evaluate.in_domain: share"),
         ('adapter.targets=["q_proj", "downproj"]', "downproj"),
         ("adapter.targets=[]", "q_proj, k_proj"),
         ("experiment=", "experiment"),
@@ -111,6 +114,17 @@ def test_files(refused, setting, tmp_path):
     assert "picture.png" in refused(source(setting, tmp_path / "picture.png"))
 
 
+def test_a_source_that_would_give_no_row(refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 4)
+    path = str(tmp_path / "rows.jsonl")
+    two = json.dumps([{"path": path, "weight": 1}, {"path": path, "weight": 500}])
+    assert "evaluate.rows: found 100" in refused(
+        f"evaluate.out_of_domain={two}", "evaluate.rows=100"
+    )
+    part = json.dumps([{"path": path, "share": 0.1}])
+    assert "less than the smallest file" in refused(f"instruct.sources={part}")
+
+
 def test_no_trainable_token(refused, tmp_path):
     rows = '{"instruction": "Say nothing.", "output": ""}\n' * 4
     (tmp_path / "silent.jsonl").write_text(rows)
@@ -140,6 +154,15 @@ def test_models(refused, tmp_path):
 def test_store(refused, tmp_path):
     (tmp_path / "file").touch()
     assert "not writable" in refused(f"store={tmp_path / 'file' / 'store'}")
+
+
+def test_in_a_cluster(refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert "RAY_ADDRESS" in refused()
+    assert "store: found results; accepted: an absolute path" in refused("store=results")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAM_HOME", "here")
+    assert "LORAM_HOME: found here" in refused()
 
 
 def test_disk_too_full(refused, tmp_path):

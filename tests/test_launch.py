@@ -11,8 +11,10 @@ import torch
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
+from loram.errors import UserError
 from pipelines.execute import _explain
-from pipelines.launch import _bare, ray_launch, start_ray
+from pipelines.launch import _bare, check_room, ray_launch, start_ray
+from pipelines.place import Place
 from pipelines.step import Step
 from pipelines.steps import Empty
 
@@ -42,6 +44,11 @@ def made(name: str, root: Path, cpus: int) -> dict:
 def test_a_step_has_as_many_threads_as_cpus_in_a_process_that_had_fewer(away, tmp_path):
     start_ray()
     cpus = os.cpu_count()
+    check_room(Place(cpus_per_worker=cpus))
+    with pytest.raises(UserError, match=f"{cpus * 9} CPUs; accepted: at most {cpus} in this Ray"):
+        check_room(Place(workers=9, cpus_per_worker=cpus))
+    with pytest.raises(UserError, match="1 GPUs; accepted: at most 0"):
+        check_room(Place(cpus_per_worker=1, gpus_per_worker=1))
     light, heavy = made("light", tmp_path, 0), made("heavy", tmp_path, cpus)
     assert light["process"] == heavy["process"]
     assert heavy["threads"] == cpus

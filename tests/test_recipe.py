@@ -54,6 +54,9 @@ def test_damaged_recipe_files_are_refused(tmp_path):
     (tmp_path / "recipe.json").write_text('{"name": "x", "colour": "red"}')
     with pytest.raises(UserError, match="recipe key: found 'colour'"):
         resolve(str(tmp_path / "recipe.json"), [])
+    (tmp_path / "table.json").write_text("[1]")
+    with pytest.raises(UserError, match="a JSON list or value"):
+        resolve(str(tmp_path / "table.json"), ["sft.lr=1e-4"])
 
 
 def test_a_recipe_reads_the_same_files_wherever_it_is_run(tmp_path, monkeypatch):

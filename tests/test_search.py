@@ -26,6 +26,15 @@ def test_a_torn_note_is_dropped_and_nothing_is_glued_to_it(tmp_path):
     assert [json.loads(line)["values"] for line in notes.file.read_text().splitlines()]
 
 
+def test_a_note_torn_by_a_kill_is_left_out_by_those_who_go_on(tmp_path):
+    notes = Notes.open(tmp_path)
+    with notes.file.open("a") as file:
+        file.write('{"trial": "b", "val')
+    for r in (4, 8):
+        notes.write(trial="x", values={"adapter.r": r})
+    assert notes.begun() == [{"adapter.r": 8}]
+
+
 def test_equal_values_are_one_trial_that_ended_where_the_longer_one_did(tmp_path):
     notes = Notes.open(tmp_path)
     for ended in (2, 4, 2):

@@ -71,6 +71,7 @@ def test_full_lora_is_no_part_of_a_trial():
         ("prune.ratio=0.5,0.5", "prune.ratio"),
         ("prune.ratio=0.1..0.5", "prune.ratio"),
         ("sft.seq_len=128..256", "sft.seq_len"),
+        ("sft.global_batch=8..64", "a list such as 8,16"),
         ("sft.speed=1e-5..1e-3", "sft.speed"),
         ("sft.lr=fast,slow", "sft.lr"),
         ("place.workers=1,2", "place.workers"),

@@ -1,11 +1,14 @@
 """What trials tell the driver, a JSON line each; kept, so that a killed search is played again."""
 
+import contextlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.lock import try_lock
 from tune.space import Value
 
 
@@ -29,17 +32,25 @@ class Notes:
         return cls(directory / "notes.jsonl")
 
     def write(self, **note: Any) -> None:
-        """Append a note."""
-        with self.file.open("ab", buffering=0) as file:
-            file.write(json.dumps(note).encode() + b"\n")
+        """Append a note, one writer after another: over a network, appends at once would mix."""
+        while (lock := try_lock(self.file.with_suffix(".lock"))) is None:
+            time.sleep(0.01)
+        try:
+            with self.file.open("ab", buffering=0) as file:
+                file.write(json.dumps(note).encode() + b"\n")
+        finally:
+            lock.release()
 
     def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-        """The whole notes from byte `start` on, each with the byte after its end."""
+        """The whole notes from byte `start` on, each with the byte after its end; one that the kill
+        of its writer tore is left out, with what follows in its line."""
         with self.file.open("rb") as file:
             file.seek(start)
             for line in file:
-                if line.endswith(b"\n"):
-                    yield json.loads(line), (start := start + len(line))
+                start += len(line)
+                with contextlib.suppress(ValueError):
+                    if line.endswith(b"\n"):
+                        yield json.loads(line), start
 
     def begun(self) -> list[dict[str, Value]]:
         """The different values of all trials, in the order in which they began."""

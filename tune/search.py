@@ -19,7 +19,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -59,13 +58,6 @@ class Outcome:
     error: str
     scores: dict[str, float] = field(default_factory=dict)
     curve: Path | None = None
-
-
-def most() -> dict[str, float]:
-    """The resources of the running cluster, or those that it may grow to."""
-    grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    now = ray.cluster_resources()
-    return {name: max(now.get(name, 0), grown.get(name, 0)) for name in ("CPU", "GPU")}
 
 
 def capacity(place: Place, asked: int | None, cluster: dict[str, float]) -> int:

@@ -98,6 +98,8 @@ def space(recipe: str, changes: list[str]) -> tuple[Space, list[str]]:
             refuse(key, "several values", "one value: it changes no result")
         if key == "model":
             refuse(key, "several values", "one model a sweep")
+        if key == "sft.global_batch" and isinstance(found, Range):
+            refuse(key, change.partition("=")[2], "a list such as 8,16: not every number divides")
         if key.startswith(WITHIN) and key != DATA:
             searched[key] = found
         elif isinstance(found, Range):

@@ -20,10 +20,9 @@ from pipelines.full import command  # noqa: E402, I001  first: it quietens the l
 from loram.errors import UserError  # noqa: E402
 from loram.plan import size  # noqa: E402
 from loram.prune import METHODS  # noqa: E402
-from pipelines.assets import home  # noqa: E402
 from pipelines.check import check  # noqa: E402
 from pipelines.execute import Event, StepFailed, execute  # noqa: E402
-from pipelines.launch import start_ray  # noqa: E402
+from pipelines.launch import check_room, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.recipe import flat  # noqa: E402
 from pipelines.session import Session, session  # noqa: E402
@@ -61,7 +60,7 @@ def main(words: list[str] | None = None) -> int:
 def run(study: Study) -> int:
     """Check, train, evaluate, report."""
     recipe = study.recipe
-    store = Store(Path(recipe.store or home() / "store").absolute())
+    store = Store.at(recipe.store)
     for arm in study.arms:
         full = size(check(arm.recipe, store.root))
     planned = trainings.plan(study, *locate(recipe, store.root / "digests"))
@@ -70,6 +69,7 @@ def run(study: Study) -> int:
     with session(recipe, store, f"study-{study.name}-{recipe.name}", tags) as here:
         here.say(f"LoRAM study {study.name}: store {store.root}")
         start_ray()
+        check_room(recipe.place)
         lost = _train(study, planned, here)
         best = trainings.own_best(study, planned, lost, store)
         chosen = [t for t in planned if t.lr in (recipe.sft.lr, best[t.arm])]

@@ -27,7 +27,8 @@ from pipelines.assets import home  # noqa: E402
 from pipelines.check import check  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
-from pipelines.launch import ray_launch, start_ray  # noqa: E402
+from pipelines.journal import redact  # noqa: E402
+from pipelines.launch import check_room, most, ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.lock import try_lock  # noqa: E402
 from pipelines.recipe import Recipe  # noqa: E402
@@ -40,7 +41,7 @@ from tune.follow import Follow, shown  # noqa: E402
 from tune.notes import Notes  # noqa: E402
 from tune.plan import Plan  # noqa: E402
 from tune.rungs import parts, sft_of  # noqa: E402
-from tune.search import Outcome, capacity, most, search  # noqa: E402
+from tune.search import Outcome, capacity, search  # noqa: E402
 from tune.space import replaced, space  # noqa: E402
 
 
@@ -73,7 +74,7 @@ def main(words: list[str] | None = None) -> int:
 def run(plan: Plan) -> int:
     """Check, make what is shared, search in each group, report."""
     recipe = plan.space.recipe
-    store = Store(Path(recipe.store or home() / "store").absolute())
+    store = Store.at(recipe.store)
     for each in plan.space.recipes():
         config = check(each, store.root)
     for each in plan.space.recipes_within():
@@ -95,6 +96,7 @@ def run(plan: Plan) -> int:
         say, tracking = here.say, here.tracking
         say(f"LoRAM sweep {plan.key}: store {store.root}")
         start_ray()
+        check_room(recipe.place)
         concurrent = capacity(recipe.place, plan.concurrent, most())
         prepared = [_shared(build(r, model, sources)) for r in plan.space.recipes()]
         shared = [step for steps in prepared for step in steps]
@@ -136,7 +138,7 @@ def run(plan: Plan) -> int:
         say(f"report  {out / 'report.html'}\nMLflow  {here.viewer}", soft_wrap=True)
         if best is None:
             raise StepFailed("no trial ended well; the table says why")
-        say(f"best    python pipelines/full.py {page.line(plan, best)}", soft_wrap=True)
+        say(f"best    python pipelines/full.py {redact(page.line(plan, best))}", soft_wrap=True)
     return 0
 
 
