@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,19 @@ from loram.pruned import meta_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FACTORS = "lora_B", "lora_A"  # by the dimension of the weight, (out, in), that each has
+# Options of PEFT under which an update is another one than LoRA's, unless they are so.
+NOT_PLAIN = {
+    "use_dora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "velora_config": None,
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,8 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
 
     The factor that shares the cut dimension (lora_B rows of q, k, v, gate, up; lora_A columns of
     o, down) gets exact zeros where something was pruned and its trained values elsewhere; the
-    other factor, and adapters of whole layers, are copied. See `loram.kept` on the paper's (1 - M).
+    other factor, and adapters of whole layers, are copied; weights of the small model that PEFT
+    saved along are not. See `loram.kept` on the paper's (1 - M).
     The result is a stock PEFT adapter for `base`.
 
     Args:
@@ -140,8 +156,12 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     tensors: dict[str, Tensor] = {}
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
         for name in sorted(file.keys()):
+            if (
+                ".base_layer." in name
+            ):  # PEFT saves embeddings that it adapted, here the small one's
+                continue
             tensor = file.get_tensor(name)
-            module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+            module, factor = module_and_factor(name)
             cut = slices.get(module)
             if cut and factor == FACTORS[cut.dim]:
                 if tensor.shape[cut.dim] != len(cut.index):
@@ -165,13 +185,20 @@ def refuse_unless_plain(config: dict) -> None:
     kind = config.get("peft_type")
     if kind not in ("LORA", PEFT_TYPE):
         refuse("adapter", f"peft_type {kind!r}", f"LORA, {PEFT_TYPE}")
-    for option, plain in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
+    for option, plain in NOT_PLAIN.items():
         if config.get(option) not in (plain, None):
             refuse(f"adapter {option}", config[option], json.dumps(plain))
     start = config.get("init_lora_weights", True)
     # PiSSA, OLoRA, LoftQ and the like move part of the base weight into the factors.
     if start not in (True, False, None, "gaussian", "orthogonal"):
         refuse("adapter init_lora_weights", repr(start), "true, false, gaussian, orthogonal")
+
+
+def module_and_factor(name: str) -> tuple[str, str]:
+    """What a tensor of an adapter belongs to; the factor is one of `FACTORS`, or something else."""
+    path = name.removeprefix("base_model.model.").removesuffix(".weight")
+    module, _, factor = path.rpartition(".")
+    return module, factor
 
 
 def shapes(adapter: Path) -> dict[str, Sequence[int]]:
@@ -189,7 +216,7 @@ def check_fits(tensors: Mapping[str, Sequence[int]], config: PreTrainedConfig) -
     """
     modules = dict(meta_model(config).named_modules())
     for name, shape in tensors.items():
-        module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+        module, factor = module_and_factor(name)
         if factor not in FACTORS:
             continue
         linear, dim = modules.get(module), FACTORS.index(factor)
@@ -212,9 +239,14 @@ def open_adapted(
     """
     check_fits(shapes(Path(adapter)), read_config(base))
     model = load(base, dtype=dtype, device=device)
+    where = getattr(model, "hf_device_map", {})
+    # What waits in memory stays there: PEFT, which has to know, would plan anew with what is left.
+    plan = {f"base_model.model.{name}": place for name, place in where.items()}
     config = json.loads((Path(adapter) / CONFIG).read_text())
     if config["peft_type"] != PEFT_TYPE:
-        return PeftModel.from_pretrained(model, adapter).eval()
+        return PeftModel.from_pretrained(model, adapter, device_map=plan).eval()
+    if waits := "cpu" in where.values():
+        remove_hook_from_submodules(model)
     settings = AdapterConfig(
         config["r"],
         config["lora_alpha"],
@@ -224,4 +256,6 @@ def open_adapted(
     )
     adapted = attach(model, settings, masks=adapter)
     set_peft_model_state_dict(adapted, load_file(Path(adapter) / WEIGHTS))
+    if waits:
+        dispatch_model(adapted, plan, offload_buffers=True)
     return adapted.eval()

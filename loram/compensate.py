@@ -89,8 +89,8 @@ def compensate(
             the last label of a row counts as padding.
         offsets: layers, numbered from 1, after which offsets will put the residual stream right in
             training: stand-ins behind them need not make up for what was missing before them.
-        work: where activations wait; a call with the same directory after a crash goes on at the
-            sub-block it had reached. Emptied at the end.
+        work: where activations wait; after a crash the same call goes on at the sub-block it had
+            reached. Emptied at the end.
         dtype: of the computation (autocast).
 
     Returns: missing: share of what is missing in a sub-block, with gradients of what is missing
@@ -144,8 +144,9 @@ def compensate(
     compensated_config(small.config, ranks).save_pretrained(out)
     copy_companions(small.checkpoint.path, out)
     copy_masks(small.checkpoint.path, out)
-    spool.clear()
     missing = list(noted(report).values())
+    spool.clear()
+    Spool(done).clear()
     return {"missing": sum(missing) / max(len(missing), 1), "tokens": tokens}
 
 

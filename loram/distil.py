@@ -53,8 +53,8 @@ def write_targets(
     Args:
         source: directory or hub id of the full model.
         batches: dicts of int64 (batch, seq_len) and `row` (batch); all of one size but the last.
-        work: where activations and finished targets wait; after a crash a call with the same
-            directory goes on at the layer it had reached.
+        work: where activations and finished targets wait; after a crash the same call goes on at
+            the layer it had reached. Emptied at the end.
         dtype: of the computation (autocast).
 
     Returns: bytes; tokens.
@@ -77,6 +77,7 @@ def write_targets(
     write_info(done, batches, chosen)
     shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
     spool.clear()
+    kept.clear()
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loram.loss import Batch, next_token_loss
-from loram.model import read_config
+from loram.model import check_dense, read_config
 from loram.pruned import meta_model
 from loram.shards import Checkpoint, finite
 
@@ -26,6 +26,9 @@ class Layers:
     Args:
         source: directory or hub id of a full or pruned model, not quantised.
         adapt: called with every layer that is loaded and its number, to put an adapter on it.
+
+    Raises:
+        UserError: a quantised or packed model.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Layers:
         adapt: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         self.config = read_config(source)
+        check_dense(self.config, source)
         self.checkpoint = Checkpoint(source)
         self.device = torch.device(device)
         self._adapt = adapt

@@ -10,10 +10,18 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from loram.adapter import CONFIG, FACTORS, WEIGHTS, check_fits, refuse_unless_plain, shapes
+from loram.adapter import (
+    CONFIG,
+    FACTORS,
+    WEIGHTS,
+    check_fits,
+    module_and_factor,
+    refuse_unless_plain,
+    shapes,
+)
 from loram.errors import refuse
 from loram.masks import part_masks, unpacked
-from loram.model import read_config
+from loram.model import check_dense, read_config
 from loram.prune import copy_companions
 from loram.shards import Checkpoint, write_index, write_part
 
@@ -53,7 +61,7 @@ def updates(adapter: Path, part: str, device: torch.device | str = "cpu") -> dic
     found = {}
     with safe_open(adapter / WEIGHTS, framework="pt", device=str(device)) as file:
         for name in sorted(file.keys()):
-            module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+            module, factor = module_and_factor(name)
             if factor not in FACTORS:
                 refuse("adapter", name, "lora_A and lora_B of linears alone")
             if factor != "lora_A" or not f"{module}.".startswith(f"{part}."):
@@ -96,8 +104,7 @@ def merge(base: str | Path, adapter: Path, out: Path) -> None:
             whose weights cannot take it. Nothing was written.
     """
     config, adapter, out = read_config(base), Path(adapter), Path(out)
-    if hasattr(config, "quantization_config") or hasattr(config, "survivors"):
-        refuse("base", f"{base}, quantised or packed", "the model before that, or the full one")
+    check_dense(config, base, "base")
     check_fits(shapes(adapter), config)
     checkpoint = Checkpoint(base)
     tied = [m for m in updates(adapter, "lm_head") if f"{m}.weight" not in checkpoint.names()]

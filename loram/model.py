@@ -114,6 +114,27 @@ def read_config(path: str | Path, setting: str = "model") -> PreTrainedConfig:
     return config_class_of(model_type).from_dict(raw)
 
 
+def check_dense(config: PreTrainedConfig, path: str | Path, setting: str = "model") -> None:
+    """Refuse a model whose weights are not there as matrices.
+
+    Raises:
+        UserError: it is quantised, by whatever method, or packed.
+    """
+    if getattr(config, "quantization_config", None) or getattr(config, "survivors", None):
+        refuse(setting, f"{path}, quantised or packed", "the model before that, or the full one")
+
+
+def check_full(config: PreTrainedConfig, path: str | Path) -> None:
+    """Refuse what is no full model of one of the families.
+
+    Raises:
+        UserError: as of `check_dense`, or it was pruned.
+    """
+    check_dense(config, path)
+    if config.model_type.startswith(PREFIX):
+        refuse("model", f"{path}, a pruned model", "the full model that it was cut from")
+
+
 def register() -> None:
     """Make transformers' Auto classes, and what is built on them, open pruned models."""
     for base in SUPPORTED:

@@ -99,9 +99,9 @@ def write_offsets(
         batches: dicts of int64 (batch, seq_len) and `row` (batch); all of one size but the last.
         every: as in `OffsetConfig`, at least 1.
         adapters: of the small model as it was trained so far, and the same recovered.
-        work: where activations and finished offsets wait; after a crash a call with the same
-            directory goes on at the layer of the large model that it had reached, or, when that
-            was through, at the small one.
+        work: where activations and finished offsets wait; after a crash the same call goes on at
+            the layer of the large model that it had reached, or, when that was through, at the
+            small one. Emptied at the end.
         dtype: of the computation (autocast).
 
     Returns: bytes; tokens.
@@ -133,9 +133,9 @@ def write_offsets(
         found = _missing(trained, batches, chosen, large, mixed)
         Spool(done).write_several("offsets", found)
         write_info(done, batches, chosen)
-        spool.clear()
-        large.clear()
     shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
+    for name in ("activations", "large", "done"):
+        Spool(work / name).clear()
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from loram.errors import refuse
 from loram.kept import Kept
 from loram.loss import Batch
-from loram.model import read_config
+from loram.model import check_full, read_config
 from loram.pruned import pruned_config
 from loram.shards import Checkpoint, finite, write_index, write_part
 from loram.sparsegpt import BLOCK, Pattern
@@ -155,10 +155,13 @@ def choose(scores: Scores, config: PreTrainedConfig, pruning: PruneConfig) -> Ke
         config: of the full model.
 
     Raises:
-        UserError: as of `widths`.
+        UserError: as of `widths`, or every layer is left whole.
     """
     kept_kv, kept_neurons = widths(config, pruning)
-    layers = config.num_hidden_layers
+    layers, ends = config.num_hidden_layers, (pruning.keep_first, pruning.keep_last)
+    if min(ends) < 0 or sum(ends) >= layers:
+        room = f"two numbers from 0 with a sum under the model's {layers} layers"
+        refuse("prune.keep_first + prune.keep_last", f"{ends[0]} + {ends[1]}", room)
     pruned = range(pruning.keep_first, layers - pruning.keep_last)
 
     def top(row: Tensor, count: int, layer: int) -> Tensor:
@@ -179,11 +182,13 @@ def prune(source: str | Path, out: Path, kept: Kept) -> None:
     keep their dtype; q/k/v biases follow their rows; nothing else of the model changes.
 
     Raises:
+        UserError: `source` is pruned, packed or quantised.
         ValueError: NaN or Inf in a weight (named).
     """
+    config = read_config(source)
+    check_full(config, source)
     checkpoint, out = Checkpoint(source), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    config = read_config(source)
     slices = kept.slices(config)
     for part in checkpoint.parts():
         tensors = checkpoint.tensors(part)

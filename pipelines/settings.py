@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 from loram.compensate import DATA
 from loram.errors import refuse
 from loram.kept import LINEARS
-from loram.model import read_config
+from loram.model import check_full, read_config
 from loram.plan import planned_config
 from loram.prune import STRUCTURED, PruneConfig
 from loram.train import TrainConfig
@@ -19,8 +19,7 @@ COMPARISONS = ("lora", "qlora", "bound")
 def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> PreTrainedConfig:
     """What the recipe and the model's config say, without looking at any other file."""
     config = config or read_config(recipe.model)
-    if config.model_type.startswith("loram_"):
-        refuse("model", f"{recipe.model}, a pruned model", "the full model that it was cut from")
+    check_full(config, recipe.model)
     _check_pruning(config, recipe.prune, recipe.adapter.masked)
     _at_least("prune.multiple", recipe.prune.multiple, 1)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
@@ -28,16 +27,6 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     _check_distillation(config, recipe)
     _at_least("offset.every", recipe.offset.every, 0)
     _at_least("offset.parts", recipe.offset.parts, 1)
-    whole = recipe.prune.keep_first + recipe.prune.keep_last
-    if recipe.prune.method in STRUCTURED and (
-        min(recipe.prune.keep_first, recipe.prune.keep_last) < 0
-        or whole >= config.num_hidden_layers
-    ):
-        refuse(
-            "prune.keep_first + prune.keep_last",
-            f"{recipe.prune.keep_first} + {recipe.prune.keep_last}",
-            f"two numbers from 0 with a sum under the model's {config.num_hidden_layers} layers",
-        )
     if unknown := sorted(set(recipe.compare) - set(COMPARISONS)):
         refuse("compare", repr(unknown[0]), ", ".join(COMPARISONS))
     if "bound" in recipe.compare and recipe.prune.method not in STRUCTURED:

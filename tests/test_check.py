@@ -147,6 +147,9 @@ def test_models(refused, tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     assert "'gpt2'" in refused(f"model={model}")
+    quantised = config | {"quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(quantised))
+    assert "quantised or packed" in refused(f"model={model}")
     (model / "config.json").write_text("{")
     assert "not JSON" in refused(f"model={model}")
 

@@ -135,7 +135,7 @@ def test_a_crash_half_way_goes_on_at_the_sub_block(tmp_path, monkeypatch):
     assert done.count("model.layers.1.mlp") == 1
     for file in (tmp_path / "small").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-    assert not (tmp_path / "work" / "activations").exists()
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_without_offsets_everywhere_it_is_refused(tmp_path):

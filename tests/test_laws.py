@@ -317,6 +317,7 @@ def test_other_adapters_are_refused(tmp_path):
         {"init_lora_weights": "pissa"},
         {"peft_type": "IA3"},
         {"bias": "lora_only"},
+        {"alora_invocation_tokens": [1, 2]},
     ):
         file.write_text(json.dumps(plain | change))
         with pytest.raises(UserError, match=next(iter(change))):

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter
 from loram.errors import UserError
+from loram.kept import Kept
+from loram.layers import Layers
 from loram.merge import merge
 from loram.model import load, save
+from loram.prune import prune
 from loram.sparse import pack
 from tests.conftest import FAMILIES, tiny_model
 from tests.sparse_models import make as make_sparse
@@ -85,8 +89,35 @@ def test_weights_that_cannot_take_it_are_refused(tmp_path):
     pack(tmp_path / "pruned", tmp_path / "packed", nf4=False)
     save_adapter(attach(load(tmp_path / "packed"), ADAPTER), tmp_path / "adapter")
     save(load(tmp_path / "pruned", nf4=True), tmp_path / "nf4")
+    kept = Kept.load(tmp_path / "pruned")
     for base in (tmp_path / "packed", tmp_path / "nf4"):
         refused("base: found .*, quantised or packed", base, tmp_path / "adapter", tmp_path / "out")
+        with pytest.raises(UserError, match="model: found .*, quantised or packed"):
+            Layers(base)
+        with pytest.raises(UserError, match="model: found .*, quantised or packed"):
+            prune(base, tmp_path / "out", kept)
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_peft_saved_along_with_an_adapter(tmp_path):
+    """Embeddings that were adapted are the small model's and stay behind; a head that was trained
+    goes along, but is nothing to merge."""
+    make("llama", tmp_path)
+    small = load(tmp_path / "pruned", dtype=torch.float32)
+    small.model.embed_tokens.weight.data += 1  # as alignment may
+    lora = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    adapted = get_peft_model(small, lora)
+    adapted.lm_head.modules_to_save["default"].weight.data.fill_(0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    words = tmp_path / "adapter", tmp_path / "pruned", tmp_path / "base", tmp_path / "recovered"
+    recover(*words)
+    base = load(tmp_path / "base", dtype=torch.float32)
+    before = base.model.embed_tokens.weight.clone()
+    opened = PeftModel.from_pretrained(base, tmp_path / "recovered")
+    after = opened.base_model.model.model.embed_tokens
+    assert torch.equal(after.base_layer.weight, before) and "default" in after.lora_embedding_A
+    assert (opened.lm_head.modules_to_save["default"].weight == 0.5).all()
+    refused("lora_A and lora_B of linears alone", words[2], words[3], tmp_path / "out")
 
 
 def test_an_output_head_is_merged_unless_it_is_the_embeddings(tmp_path):

@@ -64,6 +64,12 @@ def test_a_ratio_that_leaves_no_head_is_refused():
         widths(config, PruneConfig(ratio=0.9))
 
 
+def test_a_model_of_which_every_layer_is_left_whole_is_refused():
+    config = tiny_model("llama").config  # four layers, and by default six are kept
+    with pytest.raises(UserError, match="keep_first . prune.keep_last: found 4 . 2; accepted: two"):
+        choose(random_scores(config, 0), config, PruneConfig())
+
+
 def test_the_highest_scores_stay_and_end_layers_are_whole():
     config = tiny_model("llama").config
     scores = Scores(

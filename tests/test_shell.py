@@ -25,7 +25,9 @@ def shell(*words) -> subprocess.CompletedProcess:
 def test_recover_merge_and_generate(tmp_path):
     """What is printed is the answer alone."""
     full = load(TINY).config
-    kept = choose(random_scores(full, 3), full, PruneConfig("rand", 0.5, seed=3))
+    kept = choose(
+        random_scores(full, 3), full, PruneConfig("rand", 0.5, keep_first=1, keep_last=1, seed=3)
+    )
     prune(TINY, tmp_path / "pruned", kept)
     adapted = attach(load(tmp_path / "pruned"), ADAPTER)
     for name, weight in adapted.named_parameters():

@@ -126,7 +126,7 @@ def test_a_crash_half_way_goes_on_at_the_layer(tmp_path, monkeypatch):
     assert done[done.index("crash") + 1 :][:2] == ["model.layers.2", "model.layers.3"]
     for file in (tmp_path / "pruned").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-    assert not (tmp_path / "work" / "activations").exists()
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_weights_in_float32_are_copied_too(tmp_path):

@@ -80,7 +80,7 @@ def main() -> None:
 def heads_alone(scores: Scores, ratio: float):  # noqa: ANN201
     """What stays if the first and the last layer, and all neurons, do."""
     config = PruneConfig("stru", ratio, keep_first=1, keep_last=1)
-    whole = choose(scores, SHAPE, PruneConfig("stru", 0.0))
+    whole = choose(scores, SHAPE, PruneConfig("stru", 0.0, keep_first=1, keep_last=1))
     return type(whole)(choose(scores, SHAPE, config).kv_heads, whole.neurons)
 
 

@@ -89,7 +89,7 @@ def measured(root: Path, method: str, rows: int) -> dict[str, object]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    run(root / "model", root / "pruned", PruneConfig(method), rows)
+    run(root / "model", root / "pruned", PruneConfig(method, keep_first=1, keep_last=1), rows)
     seconds = time.perf_counter() - began
     ended.set()
     watcher.join()
