@@ -133,8 +133,9 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
 
     The factor that shares the cut dimension (lora_B rows of q, k, v, gate, up; lora_A columns of
     o, down) gets exact zeros where something was pruned and its trained values elsewhere; the
-    other factor, and adapters of whole layers, are copied; weights of the small model that PEFT
-    saved along are not. See `loram.kept` on the paper's (1 - M).
+    other factor, adapters of whole layers and modules that were trained whole are copied; other
+    weights of the small model, which PEFT may have saved along, are not. See `loram.kept` on the
+    paper's (1 - M).
     The result is a stock PEFT adapter for `base`.
 
     Args:
@@ -143,7 +144,8 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
         base: the full model, a directory or a hub id; only its config is read.
 
     Raises:
-        UserError: an adapter that is not plain LoRA, or that does not fit the pruned model.
+        UserError: an adapter that is not plain LoRA, that does not fit the pruned model, or with
+            modules that were trained whole and pruned.
     """
     adapter, out = Path(adapter), Path(out)
     config = json.loads((adapter / CONFIG).read_text())
@@ -153,16 +155,19 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
         layers = f"a model of {len(kept.neurons)} layers, as the pruned one in {pruned}"
         refuse("base", f"{base} of {full.num_hidden_layers}", layers)
     slices = kept.slices(full)
+    # Trained whole; all else that was saved is the small model's.
+    trained = config.get("modules_to_save") or []
+    for module in slices:
+        if any(f".{module}".endswith(f".{name}") for name in trained):
+            refuse("adapter modules_to_save", module, "modules of which pruning removed nothing")
     tensors: dict[str, Tensor] = {}
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
         for name in sorted(file.keys()):
-            if (
-                ".base_layer." in name
-            ):  # PEFT saves embeddings that it adapted, here the small one's
-                continue
-            tensor = file.get_tensor(name)
             module, factor = module_and_factor(name)
-            cut = slices.get(module)
+            whole = ".token_adapter." in name or any(f".{m}." in f".{name}" for m in trained)
+            if not (factor.startswith("lora_") or whole):
+                continue
+            tensor, cut = file.get_tensor(name), slices.get(module)
             if cut and factor == FACTORS[cut.dim]:
                 if tensor.shape[cut.dim] != len(cut.index):
                     refuse(

@@ -108,7 +108,7 @@ class _Dequantised(PackedLinear):
     @property
     def weight(self) -> Tensor:
         values = self.count or self.out_features * self.in_features
-        made = torch.empty(values, dtype=torch.bfloat16)
+        made = torch.empty(values, dtype=torch.bfloat16, device=self.bits.device)
         if self.count:
             return spread(made, self.bits, self.in_features)
         return made.view(self.out_features, self.in_features)

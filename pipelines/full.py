@@ -80,7 +80,7 @@ def run(recipe: Recipe, store: Store) -> int:
     with session(recipe, store, recipe.name, tags) as here:
         here.say(f"LoRAM {recipe.name}: store {store.root}")
         start_ray()
-        check_room(recipe.place)
+        check_room(recipe.place, here.say)
         execute(targets, store, ray_launch, recipe.place, here.on)
         rows = results.rows(graph, store, size(config))
         out = here.report()

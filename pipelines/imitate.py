@@ -1,6 +1,7 @@
 """The steps that make the small model behave like the large one: compensation, distillation,
 offsets."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -20,6 +21,7 @@ from loram.model import read_config
 from loram.offsets import corrected, write_offsets
 from loram.packing import Packed, batches, order
 from loram.plan import size
+from loram.shards import link
 from loram.train import TrainConfig
 from pipelines.fit import fit, latest_checkpoint
 from pipelines.place import Place
@@ -146,8 +148,7 @@ def offsets(
 ) -> Metrics:
     """By how much the small model's residual stream is off on the rows that SFT will read; after an
     `earlier` part of it, with the adapter that it left."""
-    written = tokens = 0
-    adapters = None
+    tokens, adapters = 0, None
     if earlier and pruned:
         adapters = latest_checkpoint(earlier) / "adapter", work / "recovered"
         recover(adapters[0], pruned, model, adapters[1])
@@ -160,9 +161,15 @@ def offsets(
         rows = list(batches(packed, ids, place.micro_batch))
         options: dict[str, Any] = {"device": place.device, "dtype": torch.bfloat16}
         options |= {"work": place.spool(work) / part, "adapters": adapters}
-        found = write_offsets(model, small, out / part, rows, config.every, **options)
-        written += int(found["bytes"])
-        tokens += round(found["tokens"] * (1 - packed.info["padding"]))
+        made = place.spool(work) / f"{part}.made"
+        if not made.exists():  # another attempt may have come so far
+            partial = made.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            write_offsets(model, small, partial, rows, config.every, **options)
+            partial.rename(made)
+        shutil.copytree(made, out / part, copy_function=link)
+        tokens += round(len(ids) * packed.seq_len * (1 - packed.info["padding"]))
+    written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": tokens, "peak_memory_bytes": place.peak_memory()}
 
 

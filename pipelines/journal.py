@@ -24,7 +24,7 @@ from typing import Any
 from pipelines.lock import Lock, try_lock
 
 SECRETS = (
-    (re.compile(r"(\w://)[^/\s\"]+@"), r"\1***@"),  # scheme://user:pass@word@host
+    (re.compile(r"(\w://)[^/\s]+@"), r"\1***@"),  # scheme://user:pass@word@host
     (
         re.compile(r"([?&][^=&\s]*(?:token|sign|secret|key|passw|cred)[^=&\s]*=)[^&\s\"]+", re.I),
         r"\1***",
@@ -54,6 +54,29 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[prefix + name] = redact(str(value))
     return found
+
+
+def append(file: Path, message: Mapping[str, Any]) -> None:
+    """Append a message to a file of JSON lines, also behind one that was torn."""
+    line = json.dumps(message).encode() + b"\n"
+    with file.open("ab+") as there:
+        if there.tell():
+            there.seek(-1, os.SEEK_END)
+            if there.read(1) != b"\n":  # a kill or a full disk tore the message before
+                line = b"\n" + line
+        there.write(line)
+
+
+def messages(file: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole messages from byte `start` on, each with the byte after its end; a torn one is left
+    out."""
+    with file.open("rb") as there:
+        there.seek(start)
+        for line in there:
+            start += len(line)
+            with contextlib.suppress(ValueError):
+                if line.endswith(b"\n"):
+                    yield json.loads(line), start
 
 
 @dataclass(frozen=True)
@@ -93,24 +116,12 @@ class Journal:
 
     def write(self, **message: Any) -> None:
         """Append a message; its time is now."""
-        line = json.dumps(message | {"time": time.time()}).encode() + b"\n"
-        with (self.folder / "journal.jsonl").open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a full disk tore the message before
-                    line = b"\n" + line
-            file.write(line)
+        append(self.folder / "journal.jsonl", message | {"time": time.time()})
 
     def read(self, start: int) -> Iterator[tuple[dict[str, Any], int]]:
         """The whole messages from byte `start` on, each with the byte after its end; a torn one is
         left out."""
-        with (self.folder / "journal.jsonl").open("rb") as file:
-            file.seek(start)
-            for line in file:
-                start += len(line)
-                with contextlib.suppress(ValueError):
-                    if line.endswith(b"\n"):
-                        yield json.loads(line), start
+        yield from messages(self.folder / "journal.jsonl", start)
 
     def begun(self) -> bool:
         """Whether there is a first message; not so once another process has removed the journal."""

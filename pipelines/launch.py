@@ -3,6 +3,8 @@
 import logging
 import os
 import socket
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -56,32 +58,26 @@ def start_ray() -> None:
     )
 
 
-def most() -> dict[str, float]:
-    """The CPUs and GPUs of the running cluster, or those that it may grow to."""
-    now, grown = ray.cluster_resources(), _grown()
-    return {name: max(now.get(name, 0), grown.get(name, 0)) for name in ("CPU", "GPU")}
+def nodes() -> list[dict[str, float]]:
+    """The resources of each living node of the running Ray."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def check_room(place: Place) -> None:
-    """Refuse what the cluster can never run: Ray would wait for it for ever, and say nothing.
+def check_room(place: Place, say: Callable[[str], None]) -> None:
+    """Ray waits in silence for what it has not: a cluster may grow, so of one this is said.
 
     Raises:
-        UserError: more CPUs or GPUs than there are or may be, or for a worker than a node has.
+        UserError: what was started here has less than a training asks for, and will not grow.
     """
-    there, nodes = most(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, each in (("CPU", place.cpus_per_worker), ("GPU", place.gpus_per_worker)):
-        setting, asked = f"place.{name.lower()}s_per_worker", place.workers * each
-        if asked > there[name]:
-            found, room = f"{asked} {name}s", f"at most {there[name]:g} in this Ray"
-            refuse(f"place.workers x {setting}", found, room)
-        largest = max(node.get(name, 0) for node in nodes)
-        if each > largest and not _grown():
-            refuse(setting, each, f"at most {largest:g}, those of one node")
-
-
-def _grown() -> dict[str, float]:
-    """What an autoscaler may make of the cluster; empty if it has none."""
-    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    if place.fits(nodes()):
+        return
+    each = f"{place.cpus_per_worker} CPUs and {place.gpus_per_worker} GPUs"
+    asked = f"{place.workers} workers of {each}, each on one node"
+    sizes = Counter(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes())
+    there = ", ".join(f"{count} x {size}" for size, count in sizes.items())
+    if not os.environ.get("RAY_ADDRESS"):
+        refuse("place", asked, f"what this machine gives to Ray: {there}")
+    say(f"waiting for room: {asked}; the nodes have {there}")
 
 
 def ray_launch(

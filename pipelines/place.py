@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,21 @@ class Place:
         """How many trainings fit on this machine; None on a cluster, which may grow."""
         if os.environ.get("RAY_ADDRESS"):
             return None
-        if self.gpus_per_worker:
-            from torch.cuda import device_count  # slow to import, and tasks without one use this
+        return max(1, self.fits([self.machine()]))
 
-            return max(1, device_count() // (self.workers * self.gpus_per_worker))
-        return max(1, (os.cpu_count() or 1) // (self.workers * self.cpus_per_worker))
+    def fits(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        """How many trainings run at a time on nodes of so many CPUs and GPUs."""
+        asked = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+        of_node = [min(node.get(n, 0) // x for n, x in asked.items() if x) for node in nodes]
+        return int(sum(of_node)) // self.workers
+
+    def machine(self) -> dict[str, float]:
+        """The CPUs of this machine, and its GPUs if they are asked for."""
+        if not self.gpus_per_worker:
+            return {"CPU": os.cpu_count() or 1}
+        from torch.cuda import device_count  # slow to import, and tasks without one use this
+
+        return {"CPU": os.cpu_count() or 1, "GPU": device_count()}
 
     def spool(self, work: Path) -> Path:
         """Where activations wait, batch by batch: those of batches of another size do not count."""

@@ -20,8 +20,8 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
     """What the recipe and the model's config say, without looking at any other file."""
     config = config or read_config(recipe.model)
     check_full(config, recipe.model)
-    _check_pruning(config, recipe.prune, recipe.adapter.masked)
     _at_least("prune.multiple", recipe.prune.multiple, 1)
+    _check_pruning(config, recipe.prune, recipe.adapter.masked)
     _at_least("calibration_rows", recipe.calibration_rows, 1)
     _check_compensation(config, recipe)
     _check_distillation(config, recipe)

@@ -228,7 +228,7 @@ def main(words: list[str] | None = None) -> int:
     cleaning.add_argument("--unused-days", type=float, help="also entries unused for so long")
     options = parser.parse_args(words)
     try:
-        store = Store.at(options.store)
+        store = Store(Path(options.store or home() / "store").absolute())
         if options.verb == "list":
             lines = listing(store)
         elif options.verb == "remove":

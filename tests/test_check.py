@@ -45,6 +45,7 @@ def refused(capsys, tmp_path):
         ("prune.ratio=1", "prune.ratio"),
         ("prune.ratio=0.999", "prune.ratio"),
         ("prune.method=magnitude", "rand, stru"),
+        ("prune.multiple=0", "1 or more"),
         ("prune.keep_first=4", "prune.keep_first + prune.keep_last"),
         ("sft.seq_len=100000", "sft.seq_len"),
         ("align.global_batch=6", "align.global_batch"),

@@ -127,5 +127,5 @@ def test_secrets_are_removed_and_the_rest_is_not() -> None:
     assert redact("sqlite:////home/a@b/x.db hf://org/name@main") == (
         "sqlite:////home/a@b/x.db hf://org/name@main"
     )
-    assert redact('"http://me:p@ss@host:5000", "a@b"') == '"http://***@host:5000", "a@b"'
+    assert redact('"http://me:p@s\\"s@host:5000", "a@b"') == '"http://***@host:5000", "a@b"'
     assert flat({"a": {"b": (1, 2)}, "c": None}) == {"a.b": "(1, 2)", "c": "None"}

@@ -44,14 +44,30 @@ def made(name: str, root: Path, cpus: int) -> dict:
 def test_a_step_has_as_many_threads_as_cpus_in_a_process_that_had_fewer(away, tmp_path):
     start_ray()
     cpus = os.cpu_count()
-    check_room(Place(cpus_per_worker=cpus))
-    with pytest.raises(UserError, match=f"{cpus * 9} CPUs; accepted: at most {cpus} in this Ray"):
-        check_room(Place(workers=9, cpus_per_worker=cpus))
-    with pytest.raises(UserError, match="1 GPUs; accepted: at most 0"):
-        check_room(Place(cpus_per_worker=1, gpus_per_worker=1))
     light, heavy = made("light", tmp_path, 0), made("heavy", tmp_path, cpus)
     assert light["process"] == heavy["process"]
     assert heavy["threads"] == cpus
+
+
+def test_what_ray_will_never_have_is_refused_or_of_a_cluster_said(away, monkeypatch):
+    start_ray()
+    cpus = os.cpu_count()
+    said: list[str] = []
+    check_room(Place(cpus_per_worker=cpus), said.append)
+    more = Place(workers=2, cpus_per_worker=cpus)
+    with pytest.raises(UserError, match=f"2 workers of {cpus} CPUs .* 1 x {cpus} CPUs and 0 GPUs"):
+        check_room(more, said.append)
+    assert not said
+    monkeypatch.setenv("RAY_ADDRESS", "a cluster's, which may grow")
+    check_room(more, said.append)
+    assert said[0].startswith(f"waiting for room: 2 workers of {cpus} CPUs and 0 GPUs")
+
+
+def test_a_worker_has_its_cpus_and_gpus_on_one_node():
+    head, small = {"CPU": 64.0}, {"CPU": 4.0, "GPU": 1.0}
+    place = Place(workers=2, cpus_per_worker=4, gpus_per_worker=1)
+    assert [place.fits([head, *[small] * n]) for n in (0, 1, 2, 5)] == [0, 0, 1, 2]
+    assert Place(workers=3, cpus_per_worker=8).fits([{"CPU": 12.0}] * 2) == 0
 
 
 def test_of_a_failed_training_is_told_what_its_worker_raised():

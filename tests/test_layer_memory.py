@@ -66,7 +66,10 @@ def test_targets(family, models, tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("kind", ["stru", "stru nf4", "stru adapted", "packed", "packed_nf4"])
+@pytest.mark.parametrize(
+    "kind",
+    ["stru", "stru nf4", "stru adapted", "packed", "packed_nf4", "packed_nf4 adapted masked"],
+)
 def test_offsets(kind, family, rows, models, tmp_path):
     """The large model's part, or the small one's, whichever is more."""
     stored, *how = kind.split()
@@ -74,8 +77,9 @@ def test_offsets(kind, family, rows, models, tmp_path):
     if "nf4" in how:
         save(load(small, nf4=True), tmp_path / "nf4")
         small = tmp_path / "nf4"
-    adapter, adapters = AdapterConfig(r=64) if "adapted" in how else None, None
-    if adapter:
+    adapter, adapters = None, None
+    if "adapted" in how:
+        adapter = AdapterConfig(r=64, masked="masked" in how)
         adapters = tmp_path / "small", tmp_path / "large"
         save_adapter(attach(load(small), adapter), adapters[0])
         recover(adapters[0], small, source, adapters[1])
@@ -84,4 +88,4 @@ def test_offsets(kind, family, rows, models, tmp_path):
     found = seen(lambda: write_offsets(source, small, out, given, 10, **options))  # after the last
     found -= mapped(source)
     asked = read_config(source), read_config(small), adapter, "nf4" in kind, rows, T
-    assert offsets_bytes(*asked) == pytest.approx(found, rel=0.15)
+    assert offsets_bytes(*asked) == pytest.approx(found, rel=0.2)

@@ -1,12 +1,14 @@
 """An adapter that is added to the weights of its model, beside PEFT's own merging."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter
+from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter, shapes
 from loram.errors import UserError
 from loram.kept import Kept
 from loram.layers import Layers
@@ -118,6 +120,15 @@ def test_what_peft_saved_along_with_an_adapter(tmp_path):
     assert torch.equal(after.base_layer.weight, before) and "default" in after.lora_embedding_A
     assert (opened.lm_head.modules_to_save["default"].weight == 0.5).all()
     refused("lora_A and lora_B of linears alone", words[2], words[3], tmp_path / "out")
+    config = json.loads((words[0] / "adapter_config.json").read_text())
+    config["modules_to_save"] = None  # so the head is one that was only saved along
+    (words[0] / "adapter_config.json").write_text(json.dumps(config))
+    recover(*words[:3], tmp_path / "without")
+    assert not any("lm_head" in name for name in shapes(tmp_path / "without"))
+    config["modules_to_save"] = ["down_proj"]
+    (words[0] / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="modules_to_save: found model.layers.1.mlp.down_proj"):
+        recover(*words[:3], tmp_path / "out")
 
 
 def test_an_output_head_is_merged_unless_it_is_the_embeddings(tmp_path):

@@ -84,7 +84,7 @@ def test_an_adapter_with_several_scales_is_refused(tmp_path):
         Layers(tmp_path / "base", adapt=partial(adapt_layer_, adapter)).layer(1)
 
 
-def test_the_step_takes_the_adapter_as_it_was_at_the_end_of_the_part_before(tmp_path):
+def test_the_step_takes_the_adapter_as_it_was_at_the_end_of_the_part_before(tmp_path, monkeypatch):
     """Not the part's best; and the rows that come next in the order of training."""
     base, small = small_and_large("llama", tmp_path)
     packed = packed_rows(tmp_path / "instruct" / "train")
@@ -110,3 +110,7 @@ def test_the_step_takes_the_adapter_as_it_was_at_the_end_of_the_part_before(tmp_
     wanted, _ = written(tmp_path, base, small, 2, given, **options)
     one = torch.tensor(rows[:1])
     assert torch.equal(values(Offsets(tmp_path / "out" / "train"), one), values(wanted, one))
+    # An attempt after a lost worker has what was finished.
+    monkeypatch.setattr(imitate, "write_offsets", None)
+    again = imitate.offsets(config, place=Place(), **paths | {"out": tmp_path / "again"})
+    assert again["bytes"] == found["bytes"] and again["tokens"] == found["tokens"]

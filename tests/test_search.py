@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -15,24 +16,16 @@ from tune.search import _Asha, _domain, _Ends, _outcome, _points, capacity
 from tune.space import Range
 
 
-def test_a_torn_note_is_dropped_and_nothing_is_glued_to_it(tmp_path):
+def test_a_note_torn_by_a_kill_is_left_out_and_nothing_is_glued_to_it(tmp_path):
     notes = Notes.open(tmp_path)
     notes.write(trial="a", values={"sft.lr": 0.1 + 0.2})
     with notes.file.open("a") as file:
         file.write('{"trial": "b", "val')
     again = Notes.open(tmp_path)
     again.write(values={"sft.lr": 0.1 + 0.2}, ended=2)
-    assert again.begun() == [{"sft.lr": 0.1 + 0.2}] and again.ended({"sft.lr": 0.1 + 0.2}) == 2
-    assert [json.loads(line)["values"] for line in notes.file.read_text().splitlines()]
-
-
-def test_a_note_torn_by_a_kill_is_left_out_by_those_who_go_on(tmp_path):
-    notes = Notes.open(tmp_path)
-    with notes.file.open("a") as file:
-        file.write('{"trial": "b", "val')
-    for r in (4, 8):
-        notes.write(trial="x", values={"adapter.r": r})
-    assert notes.begun() == [{"adapter.r": 8}]
+    again.write(trial="c", values={"sft.lr": 0.5})
+    assert again.begun() == [{"sft.lr": 0.1 + 0.2}, {"sft.lr": 0.5}]
+    assert again.ended({"sft.lr": 0.1 + 0.2}) == 2
 
 
 def test_equal_values_are_one_trial_that_ended_where_the_longer_one_did(tmp_path):
@@ -117,10 +110,10 @@ def test_a_failed_trial_is_not_over(tmp_path):
 
 
 def test_trials_at_a_time():
-    cluster = {"CPU": 8.0, "GPU": 0.0}
-    assert capacity(Place(workers=2, cpus_per_worker=2), None, cluster) == 2
-    assert capacity(Place(cpus_per_worker=2), 3, cluster) == 3
-    with pytest.raises(UserError, match="at most 4"):
-        capacity(Place(cpus_per_worker=2), 5, cluster)
-    with pytest.raises(UserError, match="at most 0"):
-        capacity(Place(cpus_per_worker=2, gpus_per_worker=1), None, cluster)
+    cpus = os.cpu_count()
+    assert capacity(Place(cpus_per_worker=1), None) == cpus
+    assert capacity(Place(cpus_per_worker=cpus), 1) == 1
+    with pytest.raises(UserError, match=f"--concurrent: .*at most {cpus} here"):
+        capacity(Place(cpus_per_worker=1), cpus + 1)
+    with pytest.raises(UserError, match="place.workers: .*at most 0 here"):
+        capacity(Place(workers=2, cpus_per_worker=cpus), None)

@@ -1,13 +1,12 @@
 """What trials tell the driver, a JSON line each; kept, so that a killed search is played again."""
 
-import contextlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.journal import append, messages
 from pipelines.lock import try_lock
 from tune.space import Value
 
@@ -24,11 +23,9 @@ class Notes:
 
     @classmethod
     def open(cls, directory: Path) -> "Notes":
-        """Those in `directory`, without a last line that the kill of its writer tore."""
+        """Those in `directory`, which is made."""
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "notes.jsonl").open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+        (directory / "notes.jsonl").touch()
         return cls(directory / "notes.jsonl")
 
     def write(self, **note: Any) -> None:
@@ -36,21 +33,14 @@ class Notes:
         while (lock := try_lock(self.file.with_suffix(".lock"))) is None:
             time.sleep(0.01)
         try:
-            with self.file.open("ab", buffering=0) as file:
-                file.write(json.dumps(note).encode() + b"\n")
+            append(self.file, note)
         finally:
             lock.release()
 
     def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         """The whole notes from byte `start` on, each with the byte after its end; one that the kill
-        of its writer tore is left out, with what follows in its line."""
-        with self.file.open("rb") as file:
-            file.seek(start)
-            for line in file:
-                start += len(line)
-                with contextlib.suppress(ValueError):
-                    if line.endswith(b"\n"):
-                        yield json.loads(line), start
+        of its writer tore is left out."""
+        yield from messages(self.file, start)
 
     def begun(self) -> list[dict[str, Value]]:
         """The different values of all trials, in the order in which they began."""

@@ -60,18 +60,17 @@ class Outcome:
     curve: Path | None = None
 
 
-def capacity(place: Place, asked: int | None, cluster: dict[str, float]) -> int:
-    """How many trials run at a time: those asked for, or all that fit.
+def capacity(place: Place, asked: int | None) -> int:
+    """How many trials run at a time on this machine: those asked for, or all that fit.
 
     Raises:
         UserError: fewer than one fit, or fewer than were asked for.
     """
-    cpus, gpus = place.workers * place.cpus_per_worker, place.workers * place.gpus_per_worker
-    room = min(int(cluster[name] // n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n)
+    room = place.fits([place.machine()])
     if room < (asked or 1):
+        cpus, gpus = place.workers * place.cpus_per_worker, place.workers * place.gpus_per_worker
         found = f"{asked or 1} trials of {cpus} CPUs and {gpus} GPUs each"
-        setting = "--concurrent" if asked else "place.workers"
-        refuse(setting, found, f"at most {room} on this cluster")
+        refuse("--concurrent" if asked else "place.workers", found, f"at most {room} here")
     return asked or room
 
 

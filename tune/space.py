@@ -12,6 +12,7 @@ from pipelines.recipes import read, settled
 
 # What may differ between trials that are compared while they run; all else makes another model.
 WITHIN = ("sft.", "adapter.")
+BATCH = "sft.global_batch"
 DATA = "sft.seq_len"  # other rows, on which no loss compares with theirs
 DEFAULT = ("sft.lr=1e-5..1e-3", "prune.ratio=0.65,0.75,0.85,0.95")
 
@@ -98,8 +99,6 @@ def space(recipe: str, changes: list[str]) -> tuple[Space, list[str]]:
             refuse(key, "several values", "one value: it changes no result")
         if key == "model":
             refuse(key, "several values", "one model a sweep")
-        if key == "sft.global_batch" and isinstance(found, Range):
-            refuse(key, change.partition("=")[2], "a list such as 8,16: not every number divides")
         if key.startswith(WITHIN) and key != DATA:
             searched[key] = found
         elif isinstance(found, Range):
@@ -112,6 +111,10 @@ def space(recipe: str, changes: list[str]) -> tuple[Space, list[str]]:
     base = read(recipe, ["compare=[]", *plain])
     if not {"prune.method", "prune.pattern"} & groups.keys():  # these decide a ratio not typed
         base = settled(base)
+    if isinstance(searched.get(BATCH), Range) and base.place.workers * base.place.micro_batch > 1:
+        refuse(
+            BATCH, "a range", "a list such as 8,16: workers and micro-batches divide not every one"
+        )
     made = Space(base, groups, searched)
     for each in made.recipes_within():
         if each.sft.stop is not None:

@@ -69,7 +69,7 @@ def run(study: Study) -> int:
     with session(recipe, store, f"study-{study.name}-{recipe.name}", tags) as here:
         here.say(f"LoRAM study {study.name}: store {store.root}")
         start_ray()
-        check_room(recipe.place)
+        check_room(recipe.place, here.say)
         lost = _train(study, planned, here)
         best = trainings.own_best(study, planned, lost, store)
         chosen = [t for t in planned if t.lr in (recipe.sft.lr, best[t.arm])]

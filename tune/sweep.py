@@ -18,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that i
 
 from pipelines.full import command  # noqa: E402, I001  first: it quietens the libraries
 
-from torch.cuda import device_count  # noqa: E402
-
 from loram.errors import UserError, refuse  # noqa: E402
 from loram.plan import Size, size  # noqa: E402
 from pipelines import results  # noqa: E402
@@ -28,7 +26,7 @@ from pipelines.check import check  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.journal import redact  # noqa: E402
-from pipelines.launch import check_room, most, ray_launch, start_ray  # noqa: E402
+from pipelines.launch import check_room, nodes, ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.lock import try_lock  # noqa: E402
 from pipelines.recipe import Recipe  # noqa: E402
@@ -81,7 +79,7 @@ def run(plan: Plan) -> int:
         check_settings(each, config)
     full = size(config)
     if not os.environ.get("RAY_ADDRESS"):
-        capacity(recipe.place, plan.concurrent, {"CPU": os.cpu_count() or 1, "GPU": device_count()})
+        capacity(recipe.place, plan.concurrent)
     mine = home() / "sweeps" / plan.key
     if try_lock(mine / "lock") is None:
         refuse("sweep", f"{plan.key}, which another process runs", "one process at a time")
@@ -96,8 +94,8 @@ def run(plan: Plan) -> int:
         say, tracking = here.say, here.tracking
         say(f"LoRAM sweep {plan.key}: store {store.root}")
         start_ray()
-        check_room(recipe.place)
-        concurrent = capacity(recipe.place, plan.concurrent, most())
+        check_room(recipe.place, say)
+        concurrent = plan.concurrent or max(1, recipe.place.fits(nodes()))
         prepared = [_shared(build(r, model, sources)) for r in plan.space.recipes()]
         shared = [step for steps in prepared for step in steps]
         on = here.noted(zip(plan.space.recipes(), variants, prepared, strict=True))
