@@ -112,9 +112,7 @@ def space(recipe: str, changes: list[str]) -> tuple[Space, list[str]]:
     if not {"prune.method", "prune.pattern"} & groups.keys():  # these decide a ratio not typed
         base = settled(base)
     if isinstance(searched.get(BATCH), Range) and base.place.workers * base.place.micro_batch > 1:
-        refuse(
-            BATCH, "a range", "a list such as 8,16: workers and micro-batches divide not every one"
-        )
+        refuse(BATCH, "a range", "a list such as 8,16, of multiples of workers x micro_batch")
     made = Space(base, groups, searched)
     for each in made.recipes_within():
         if each.sft.stop is not None:
