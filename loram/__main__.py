@@ -9,7 +9,8 @@ import torch
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
 
-from loram.adapter import CONFIG, WEIGHTS, open_adapted, recover  # noqa: E402
+from loram.adapter import open_adapted, recover  # noqa: E402
+from loram.adapter_files import CONFIG, WEIGHTS  # noqa: E402
 from loram.data import load_tokenizer  # noqa: E402
 from loram.errors import UserError, refuse  # noqa: E402
 from loram.evaluate import generate  # noqa: E402

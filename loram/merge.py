@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from loram.adapter import (
+from loram.adapter_files import (
     CONFIG,
     FACTORS,
     WEIGHTS,

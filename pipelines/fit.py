@@ -18,7 +18,8 @@ from typing import Literal
 import ray.train
 import ray.train.torch
 
-from loram.adapter import CONFIG, WEIGHTS, AdapterConfig
+from loram.adapter import AdapterConfig
+from loram.adapter_files import CONFIG, WEIGHTS
 from loram.distil import DistilConfig
 from loram.errors import UserError, refuse
 from loram.masks import copy_masks

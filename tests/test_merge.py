@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter, shapes
+from loram.adapter import AdapterConfig, attach, open_adapted, recover, save_adapter
+from loram.adapter_files import shapes
 from loram.errors import UserError
 from loram.kept import Kept
 from loram.layers import Layers
