@@ -5,14 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
-from accelerate.utils import OffloadedWeightsLoader
 from conftest import tiny_model
 from rows import packed_rows
-from sparse_models import make
 from transformers import AutoTokenizer
 
-from loram.adapter import AdapterConfig, attach, open_adapted, save_adapter
 from loram.data import encode_chat
 from loram.evaluate import (
     Problem,
@@ -23,7 +19,6 @@ from loram.evaluate import (
     stop_tokens,
     strict_match,
 )
-from loram.model import load, save
 from loram.packing import Packed, batches, best_fit, write_packed
 
 
@@ -64,48 +59,6 @@ def test_perplexity_does_not_depend_on_the_batches_nor_change_the_model(packed):
     assert ones["loss"] == pytest.approx(total / ones["tokens"], rel=1e-5)
     assert model.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_layers_that_do_not_fit_on_the_device_wait_outside(packed, tmp_path):
-    save(tiny_model("llama").bfloat16(), tmp_path)
-    model, waiting = load(tmp_path), load(tmp_path, device="auto")
-    for layer in waiting.model.layers:
-        cpu_offload(layer, torch.device("cpu"))  # as `auto` does on a GPU that is too small
-        assert {w.device.type for w in layer.parameters()} == {"meta"}
-    here, there = (perplexity(m, batches(packed, range(8), 4)) for m in (model, waiting))
-    assert here == there
-    adapted = attach(model, AdapterConfig(r=2))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight)
-    adapted.save_pretrained(tmp_path / "adapter")
-    reopened = open_adapted(tmp_path, tmp_path / "adapter", device="auto")
-    here, there = (perplexity(m, batches(packed, range(8), 4)) for m in (adapted, reopened))
-    assert here == there
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_an_adapter_on_layers_that_wait_outside(masked, packed, tmp_path, monkeypatch):
-    make("llama", tmp_path)
-    adapted = attach(load(tmp_path / "pruned"), AdapterConfig(r=2, masked=masked))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight)
-    save_adapter(adapted, tmp_path / "adapter")
-
-    def waiting(*given, **options):
-        model = load(*given, **options)
-        for layer in model.model.layers[1:]:
-            held = {name: weight.detach() for name, weight in layer.state_dict().items()}
-            cpu_offload(layer, torch.device("cpu"), state_dict=OffloadedWeightsLoader(held))
-        names = ["embed_tokens", *(f"layers.{i}" for i in range(4)), "norm", "rotary_emb"]
-        model.hf_device_map = dict.fromkeys([f"model.{n}" for n in names] + ["lm_head"], "cpu")
-        return model
-
-    monkeypatch.setattr("loram.adapter.load", waiting)
-    reopened = open_adapted(tmp_path / "pruned", tmp_path / "adapter", device="auto")
-    here, there = (perplexity(m, batches(packed, range(8), 4)) for m in (adapted, reopened))
-    assert here == there
 
 
 def test_nothing_to_evaluate(packed):

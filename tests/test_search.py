@@ -12,7 +12,7 @@ from loram.errors import UserError
 from pipelines.place import Place
 from pipelines.recipes import resolve
 from tune.notes import Notes
-from tune.search import _Asha, _domain, _Ends, _outcome, _points, capacity
+from tune.search import _Asha, _domain, _Ends, _outcome, _points, check_capacity
 from tune.space import Range
 
 
@@ -111,9 +111,9 @@ def test_a_failed_trial_is_not_over(tmp_path):
 
 def test_trials_at_a_time():
     cpus = os.cpu_count()
-    assert capacity(Place(cpus_per_worker=1), None) == cpus
-    assert capacity(Place(cpus_per_worker=cpus), 1) == 1
+    check_capacity(Place(cpus_per_worker=1), cpus)
+    check_capacity(Place(cpus_per_worker=cpus), None)
     with pytest.raises(UserError, match=f"--concurrent: .*at most {cpus} here"):
-        capacity(Place(cpus_per_worker=1), cpus + 1)
+        check_capacity(Place(cpus_per_worker=1), cpus + 1)
     with pytest.raises(UserError, match="place.workers: .*at most 0 here"):
-        capacity(Place(workers=2, cpus_per_worker=cpus), None)
+        check_capacity(Place(workers=2, cpus_per_worker=cpus), None)

@@ -60,8 +60,8 @@ class Outcome:
     curve: Path | None = None
 
 
-def capacity(place: Place, asked: int | None) -> int:
-    """How many trials run at a time on this machine: those asked for, or all that fit.
+def check_capacity(place: Place, asked: int | None) -> None:
+    """Refuse more trials at a time than fit on this machine, or one if it does not fit.
 
     Raises:
         UserError: fewer than one fit, or fewer than were asked for.
@@ -71,7 +71,6 @@ def capacity(place: Place, asked: int | None) -> int:
         cpus, gpus = place.workers * place.cpus_per_worker, place.workers * place.gpus_per_worker
         found = f"{asked or 1} trials of {cpus} CPUs and {gpus} GPUs each"
         refuse("--concurrent" if asked else "place.workers", found, f"at most {room} here")
-    return asked or room
 
 
 def search(

@@ -39,7 +39,7 @@ from tune.follow import Follow, shown  # noqa: E402
 from tune.notes import Notes  # noqa: E402
 from tune.plan import Plan  # noqa: E402
 from tune.rungs import parts, sft_of  # noqa: E402
-from tune.search import Outcome, capacity, search  # noqa: E402
+from tune.search import Outcome, check_capacity, search  # noqa: E402
 from tune.space import replaced, space  # noqa: E402
 
 
@@ -79,7 +79,7 @@ def run(plan: Plan) -> int:
         check_settings(each, config)
     full = size(config)
     if not os.environ.get("RAY_ADDRESS"):
-        capacity(recipe.place, plan.concurrent)
+        check_capacity(recipe.place, plan.concurrent)
     mine = home() / "sweeps" / plan.key
     if try_lock(mine / "lock") is None:
         refuse("sweep", f"{plan.key}, which another process runs", "one process at a time")
