@@ -37,6 +37,7 @@ def perplexity(
 
     Raises:
         ValueError: no position has a label.
+        FloatingPointError: the loss is not finite.
     """
     module = CausalLoss(model) if hasattr(model, "get_output_embeddings") else model
     was_training = module.training
@@ -54,6 +55,8 @@ def perplexity(
     if tokens == 0:
         raise ValueError("no position of the batches has a label")
     loss = loss_sum / tokens
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of {int(tokens)} held-out tokens is {loss}")
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens)}
 
 

@@ -66,6 +66,13 @@ def test_nothing_to_evaluate(packed):
         perplexity(tiny_model("llama"), [])
 
 
+def test_a_loss_that_is_not_finite_is_no_result(packed):
+    model = tiny_model("llama")
+    model.get_output_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="held-out tokens is nan"):
+        perplexity(model, batches(packed, range(2), 2))
+
+
 @pytest.fixture(scope="module")
 def writer(tokenizer):
     return tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=0)
