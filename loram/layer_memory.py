@@ -95,7 +95,7 @@ def offsets_bytes(
     model; or the whole small one as it is trained and what one of its layers makes of a batch.
 
     Args:
-        config, small: of the full model, and of the one that is trained; of a sparse one, packed.
+        config, small: of the full model, and of the one that is trained; if sparse, compressed.
         adapter: of a training in parts, whose later ones find offsets with it.
         nf4: whether the small one's linears are quantised, by bitsandbytes or as survivors.
     """

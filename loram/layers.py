@@ -28,7 +28,7 @@ class Layers:
         adapt: called with every layer that is loaded and its number, to put an adapter on it.
 
     Raises:
-        UserError: a quantised or packed model.
+        UserError: a quantised or compressed model.
     """
 
     def __init__(

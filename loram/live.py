@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loram.packed import PackedLinear, spread, tables
+from loram.compressed import CompressedLinear, spread, tables
 from loram.pruned import meta_model
 
 
@@ -96,11 +96,11 @@ def weight_count(layer: nn.Module) -> int:
     return sum(weight.numel() for weight in layer.parameters())
 
 
-class _Dequantised(PackedLinear):
-    """Stands for a linear in NF4, dense or packed: its bf16 values exist while they are used."""
+class _Dequantised(CompressedLinear):
+    """Stands for a linear in NF4, dense or compressed: its bf16 values exist while used."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        survivors = linear.count if isinstance(linear, PackedLinear) else 0
+        survivors = linear.count if isinstance(linear, CompressedLinear) else 0
         shape = linear.in_features, linear.out_features, linear.bias is not None
         super().__init__(*shape, survivors, nf4=False)
         self.to("meta")

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loram.compressed import CompressedLinear
 from loram.errors import refuse
 from loram.masks import layer_file, part_masks, unpacked
-from loram.packed import PackedLinear
 
 PEFT_TYPE = "LORAM_MASKED"
 
@@ -47,10 +47,10 @@ def set_masks_(model: nn.Module, directory: str | Path) -> None:
     """Give every `MaskedLora` of a PEFT model its mask.
 
     Args:
-        directory: of a pruned model or an adapter, with masks; of a packed model it needs none.
+        directory: of a pruned model or an adapter, with masks; of a compressed model it needs none.
 
     Raises:
-        UserError: there is none for one of them, or it is not that of the packed linear.
+        UserError: there is none for one of them, or it is not that of the compressed linear.
     """
     masks: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -60,7 +60,7 @@ def set_masks_(model: nn.Module, directory: str | Path) -> None:
         if name not in masks:
             masks |= part_masks(directory, ".".join(name.split(".")[:3]))
         bits = masks.pop(name, None)
-        if isinstance(module.base_layer, PackedLinear):
+        if isinstance(module.base_layer, CompressedLinear):
             held = module.base_layer.bits
             if bits is not None and not torch.equal(bits.to(held.device), held):
                 refuse("adapter.masked", f"{directory} with other masks", "those of the model")

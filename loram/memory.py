@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.adapter import AdapterConfig, attach
+from loram.compressed import tables
 from loram.live import Live, inputs, layers_of_each_shape, weight_count
 from loram.loss import summed_loss
-from loram.packed import tables
 from loram.parallel import masters_
 from loram.plan import lora_parameters, size
 from loram.pruned import meta_model
@@ -35,7 +35,7 @@ def sft_bytes(
     offsets of a micro-batch.
 
     Args:
-        config: of the model that is trained; of a sparse one, once packed.
+        config: of the model that is trained; of a sparse one, once compressed.
         nf4: whether its linears are quantised, by bitsandbytes or as survivors.
         offsets: layers after which the residual stream is corrected.
     """
@@ -63,7 +63,7 @@ def align_bytes(
     float32; activations. Of distillation the same, and not its targets.
 
     Args:
-        config: of the model as it is aligned, not packed.
+        config: of the model as it is aligned, not compressed.
         masked: weights that have a place in a mask: a byte each.
     """
     whole = train_all_(meta_model(config))

@@ -100,8 +100,8 @@ def merge(base: str | Path, adapter: Path, out: Path) -> None:
         adapter: as PEFT or `loram.adapter.recover` wrote it.
 
     Raises:
-        UserError: an adapter that is not plain LoRA, or not of this model; a base in NF4 or packed,
-            whose weights cannot take it. Nothing was written.
+        UserError: an adapter that is not plain LoRA, or not of this model; a base in NF4 or
+            compressed, whose weights cannot take it. Nothing was written.
     """
     config, adapter, out = read_config(base), Path(adapter), Path(out)
     check_dense(config, base, "base")

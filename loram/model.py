@@ -1,4 +1,4 @@
-"""Open and save full, pruned, packed and 4-bit models as ordinary Hugging Face directories.
+"""Open and save full, pruned, compressed and 4-bit models as ordinary Hugging Face directories.
 
 `load` opens all of them; after `register` so does every tool that uses the Auto classes.
 """
@@ -118,10 +118,10 @@ def check_dense(config: PreTrainedConfig, path: str | Path, setting: str = "mode
     """Refuse a model whose weights are not there as matrices.
 
     Raises:
-        UserError: it is quantised, by whatever method, or packed.
+        UserError: it is quantised, by whatever method, or compressed.
     """
     if getattr(config, "quantization_config", None) or getattr(config, "survivors", None):
-        refuse(setting, f"{path}, quantised or packed", "the model before that, or the full one")
+        refuse(setting, f"{path}, quantised or compressed", "the model before, or the full one")
 
 
 def check_full(config: PreTrainedConfig, path: str | Path) -> None:

@@ -95,7 +95,7 @@ def write_offsets(
 
     Args:
         source: directory or hub id of the full model.
-        small: directory of the model that is trained: pruned, aligned, quantised, packed.
+        small: directory of the model that is trained: pruned, aligned, quantised, compressed.
         batches: dicts of int64 (batch, seq_len) and `row` (batch); all of one size but the last.
         every: as in `OffsetConfig`, at least 1.
         adapters: of the small model as it was trained so far, and the same recovered.

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.adapter import AdapterConfig
+from loram.compressed import CompressedLinear
 from loram.kept import Kept
-from loram.packed import PackedLinear
 from loram.prune import STRUCTURED, PruneConfig, choose, pattern
-from loram.pruned import compensated_config, meta_model, packed_config, pruned_config
+from loram.pruned import compensated_config, compressed_config, meta_model, pruned_config
 from loram.stand_in import StandIn, blocks_to_fill
 from loram.taylor import random_scores
 
@@ -62,7 +62,7 @@ def size(config: PreTrainedConfig) -> Size:
     model = meta_model(config)
     linears, survivors, masked = 0, 0, 0
     for module in _linears(model):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, CompressedLinear):
             survivors += module.count
             masked += module.out_features * module.in_features
         else:
@@ -80,7 +80,7 @@ def pruned_size(config: PreTrainedConfig, prune: PruneConfig, rank: int = 0) -> 
 
 
 def planned_config(config: PreTrainedConfig, prune: PruneConfig, rank: int = 0) -> PreTrainedConfig:
-    """The config that pruning will produce, as far as shapes go; of sparse models, once packed.
+    """The config that pruning will produce, as far as shapes go; of sparse models, once compressed.
 
     Args:
         rank: of the stand-ins, if what was removed is compensated.
@@ -96,7 +96,7 @@ def planned_config(config: PreTrainedConfig, prune: PruneConfig, rank: int = 0) 
             if isinstance(module, nn.Linear) and ".layers." in name:
                 removed.check(module.in_features, name)
                 survivors[name] = removed.survivors(module.out_features, module.in_features)
-        return _compensated(packed_config(config, survivors, nf4=False), survivors, rank)
+        return _compensated(compressed_config(config, survivors, nf4=False), survivors, rank)
     kept: Kept = choose(random_scores(config, 0), config, prune)
     return _compensated(pruned_config(config, kept), kept.slices(config), rank)
 

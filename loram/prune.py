@@ -182,7 +182,7 @@ def prune(source: str | Path, out: Path, kept: Kept) -> None:
     keep their dtype; q/k/v biases follow their rows; nothing else of the model changes.
 
     Raises:
-        UserError: `source` is pruned, packed or quantised.
+        UserError: `source` is pruned, compressed or quantised.
         ValueError: NaN or Inf in a weight (named).
     """
     config = read_config(source)

@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from loram.compressed import CompressedLinear
 from loram.kept import LINEARS, Kept, head_dim, widths
-from loram.packed import PackedLinear
 from loram.stand_in import stand_in_
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -42,10 +42,10 @@ def pruned_config(config: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:
     return _own(config, {"kept_kv_heads": kv_heads, "kept_neurons": neurons})
 
 
-def packed_config(
+def compressed_config(
     config: PreTrainedConfig, survivors: dict[str, int], nf4: bool
 ) -> PreTrainedConfig:
-    """The config of a model whose linears are `loram.packed.PackedLinear`.
+    """The config of a model whose linears are `loram.compressed.CompressedLinear`.
 
     Args:
         survivors: weights that each of these linears keeps, by module name.
@@ -127,9 +127,9 @@ def _shrink_(model: PreTrainedModel, kv_heads: list[int], neurons: list[int]) ->
 
 
 def _pack_(model: PreTrainedModel, survivors: dict[str, int], nf4: bool) -> None:
-    """Replace linears by packed ones, empty."""
+    """Replace linears by compressed ones, empty."""
     for name, count in survivors.items():
         old = model.get_submodule(name)
         bias = old.bias is not None
-        new = PackedLinear(old.in_features, old.out_features, bias, count, nf4)
+        new = CompressedLinear(old.in_features, old.out_features, bias, count, nf4)
         model.set_submodule(name, new.to(old.weight.device))

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loram.compressed import stored
 from loram.errors import refuse
 from loram.kept import Kept
 from loram.layers import Layers, Spool, forward
 from loram.loss import Batch
 from loram.masks import layer_file, packed, part_masks, unpacked
 from loram.model import read_config
-from loram.packed import stored
 from loram.prune import PruneConfig, copy_companions, pattern
-from loram.pruned import packed_config
+from loram.pruned import compressed_config
 from loram.shards import (
     Checkpoint,
     finite,
@@ -101,8 +101,8 @@ def sparsify(
     }
 
 
-def pack(source: Path, out: Path, nf4: bool) -> None:
-    """Write a sparse model in packed form, layer by layer; `loram.load` opens it.
+def compress(source: Path, out: Path, nf4: bool) -> None:
+    """Write a sparse model in compressed form, layer by layer; `loram.load` opens it.
 
     Args:
         source: directory that `loram.sparse.sparsify` wrote, aligned or not.
@@ -126,7 +126,7 @@ def pack(source: Path, out: Path, nf4: bool) -> None:
     if not survivors:
         refuse("model", f"{source} without masks", "a model that SparseGPT pruned")
     write_index(out)
-    packed_config(read_config(source), survivors, nf4).save_pretrained(out)
+    compressed_config(read_config(source), survivors, nf4).save_pretrained(out)
     copy_companions(checkpoint.path, out)
 
 

@@ -109,7 +109,7 @@ def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
     place = recipe.place
     aligned = small
     if recipe.prune.method not in STRUCTURED:
-        # Weights pruned singly leave memory when the aligned model is packed.
+        # Weights pruned singly leave memory when the aligned model is compressed.
         aligned = compensated_config(config, getattr(small, "stand_ins", {}))
     table = Table("stage", "GPU memory", title="Estimated peak memory a worker")
     table.columns[1].justify = "right"

@@ -124,8 +124,8 @@ def build(recipe: Recipe, model: Source, sources: dict[str, Source]) -> Graph:
         aligned = {"pruned": small, "corpus": corpus}
         small = light("align", steps.align, recipe.align, aligned)
     if sparse:
-        packing = steps.PackConfig(recipe.nf4)
-        small = heavy("pack", steps.pack, packing, {"model": small}, gpus=0)
+        compression = steps.CompressConfig(recipe.nf4)
+        small = heavy("compress", steps.compress, compression, {"model": small}, gpus=0)
     elif recipe.nf4:
         small = heavy("quantise", steps.quantise, steps.Empty(), {"model": small})
 

@@ -109,15 +109,17 @@ def sparsify(
 
 
 @dataclass(frozen=True)
-class PackConfig:
+class CompressConfig:
     """nf4: quantise the survivors; else they stay in bf16."""
 
     nf4: bool
 
 
-def pack(config: PackConfig, *, model: Path, out: Path, work: Path, place: Place) -> Metrics:
+def compress(
+    config: CompressConfig, *, model: Path, out: Path, work: Path, place: Place
+) -> Metrics:
     """Keep only the survivors of a sparse model and a bit for each of its weights."""
-    loram.sparse.pack(model, out, config.nf4)
+    loram.sparse.compress(model, out, config.nf4)
     size = sum(file.stat().st_size for file in out.glob("model-*.safetensors"))
     return {"bytes": size, "peak_memory_bytes": place.peak_memory()}
 

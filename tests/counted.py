@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from loram.compensate import CompensateConfig, compensate
 from loram.model import read_config, save
 from loram.prune import PruneConfig, choose, prune
-from loram.sparse import pack, sparsify
+from loram.sparse import compress, sparsify
 from loram.taylor import random_scores
 from tests.conftest import tiny_model
 
@@ -25,7 +25,7 @@ MODELS = {
 
 
 def make_models(root: Path) -> Path:
-    """Each family full, cut in its inner layers, with stand-ins, pruned by SparseGPT and packed."""
+    """Each family full, cut in its inner layers, with stand-ins, by SparseGPT, compressed."""
     for family, shape in MODELS.items():
         where = root / family
         save(tiny_model(family, max_position_embeddings=512, **shape).bfloat16(), where / "full")
@@ -35,8 +35,8 @@ def make_models(root: Path) -> Path:
         fitted = CompensateConfig(rank=16)
         compensate(*cut, where / "stand_ins", [batch(2, 2048)], fitted)
         sparsify(where / "full", where / "semi", [batch(2, 2048)], SEMI)
-        pack(where / "semi", where / "packed", nf4=False)
-        pack(where / "semi", where / "packed_nf4", nf4=True)
+        compress(where / "semi", where / "compressed", nf4=False)
+        compress(where / "semi", where / "compressed_nf4", nf4=True)
     return root
 
 

@@ -150,7 +150,7 @@ def test_models(refused, tmp_path):
     assert "'gpt2'" in refused(f"model={model}")
     quantised = config | {"quantization_config": {"quant_method": "fp8"}}
     (model / "config.json").write_text(json.dumps(quantised))
-    assert "quantised or packed" in refused(f"model={model}")
+    assert "quantised or compressed" in refused(f"model={model}")
     (model / "config.json").write_text("{")
     assert "not JSON" in refused(f"model={model}")
 

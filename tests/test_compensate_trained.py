@@ -13,7 +13,7 @@ from loram.adapter import AdapterConfig, attach, recover, save_adapter
 from loram.model import load, read_config, save
 from loram.plan import planned_config, size
 from loram.prune import PruneConfig, choose, prune
-from loram.sparse import pack
+from loram.sparse import compress
 from loram.stand_in import StandIn
 from loram.taylor import random_scores
 from loram.train import TrainConfig, train
@@ -28,18 +28,18 @@ ADAPTER = AdapterConfig(r=4, alpha=8, dropout=0.0)
     [
         ("mistral", "bf16"),
         *((family, "nf4") for family in FAMILIES),
-        ("qwen2", "packed"),
-        ("llama", "packed nf4"),
-        ("qwen3", "packed nf4"),
+        ("qwen2", "compressed"),
+        ("llama", "compressed nf4"),
+        ("qwen3", "compressed nf4"),
     ],
 )
 def test_reloads_bit_equal_and_stand_ins_stay_in_bf16(family, kind, tmp_path):
     model = tiny_model(family).bfloat16()
-    make(tmp_path, family, "unst" if "packed" in kind else "rand", model=model)
+    make(tmp_path, family, "unst" if "compressed" in kind else "rand", model=model)
     directory, nf4 = tmp_path / "small", kind == "nf4"
-    if "packed" in kind:
-        pack(tmp_path / "small", tmp_path / "packed", nf4="nf4" in kind)
-        directory = tmp_path / "packed"
+    if "compressed" in kind:
+        compress(tmp_path / "small", tmp_path / "compressed", nf4="nf4" in kind)
+        directory = tmp_path / "compressed"
     model = load(directory, nf4=nf4)
     save(model, tmp_path / "again")
     reloaded = load(tmp_path / "again")
@@ -80,9 +80,9 @@ def test_recovered_adapter_is_one_of_the_full_model(family, method, tmp_path):
     """The same keys and shapes with compensation as without; stock PEFT opens it."""
     make(tmp_path, family, method)
     if method != "rand":
-        pack(tmp_path / "small", tmp_path / "packed", nf4=True)
+        compress(tmp_path / "small", tmp_path / "compressed", nf4=True)
     with_nf4 = {"nf4": True} if method == "rand" else {}
-    trained(tmp_path, "small" if method == "rand" else "packed", "adapter", **with_nf4)
+    trained(tmp_path, "small" if method == "rand" else "compressed", "adapter", **with_nf4)
     trained(tmp_path, "pruned", "plain")
     found = []
     for name in ("adapter", "plain"):

@@ -148,10 +148,10 @@ def test_groups_to_the_final_table(method, nf4, user):
 @pytest.mark.parametrize("nf4", ["false", "true"])
 @pytest.mark.parametrize("method", ["semi", "unst"])
 def test_single_weights_to_the_final_table(method, nf4, user):
-    """Aligned, packed, trained, recovered, one of them under the mask."""
+    """Aligned, compressed, trained, recovered, one of them under the mask."""
     masked = "true" if (method, nf4) == ("unst", "false") else "false"
     log = user("test", f"prune.method={method}", f"nf4={nf4}", f"adapter.masked={masked}")
-    assert {"pack", "sft", "recover", "evaluate_large"} <= made(log)
+    assert {"compress", "sft", "recover", "evaluate_large"} <= made(log)
     report = Path(re.search(r"report +(\S+)", log).group(1))
     table = {row["label"]: row for row in json.loads((report.parent / "table.json").read_text())}
     ours = ("QLoRAM-" if nf4 == "true" else "LoRAM-") + method.capitalize()

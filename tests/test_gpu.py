@@ -9,7 +9,7 @@ from loram.model import load, save
 from loram.offsets import OffsetLoss, Offsets, write_offsets
 from loram.prune import PruneConfig
 from loram.shards import Checkpoint
-from loram.sparse import pack, sparsify
+from loram.sparse import compress, sparsify
 from loram.taylor import taylor_scores
 from loram.train import TrainConfig, train
 from tests import compensated
@@ -18,7 +18,7 @@ from tests.sparse_models import rows
 
 pytestmark = pytest.mark.gpu
 ADAPTER = AdapterConfig(r=4, dropout=0.0)
-KINDS = ["bf16", "nf4", "packed", "packed nf4"]
+KINDS = ["bf16", "nf4", "compressed", "compressed nf4"]
 
 
 def both(compute, tmp_path) -> list:
@@ -36,9 +36,9 @@ def near(a: torch.Tensor, b: torch.Tensor, share: float) -> bool:
 
 def small(kind: str, root):
     """root/base and the model that is trained: compensated, or single weights, in 4 or 16 bits."""
-    if "packed" in kind:
+    if "compressed" in kind:
         compensated.make(root, "llama", "semi")
-        pack(root / "small", root / "trained", nf4="nf4" in kind)
+        compress(root / "small", root / "trained", nf4="nf4" in kind)
     else:
         compensated.make(root, "llama")
         save(load(root / "small", nf4=kind == "nf4"), root / "trained")

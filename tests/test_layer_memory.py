@@ -68,7 +68,14 @@ def test_targets(family, models, tmp_path):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize(
     "kind",
-    ["stru", "stru nf4", "stru adapted", "packed", "packed_nf4", "packed_nf4 adapted masked"],
+    [
+        "stru",
+        "stru nf4",
+        "stru adapted",
+        "compressed",
+        "compressed_nf4",
+        "compressed_nf4 adapted masked",
+    ],
 )
 def test_offsets(kind, family, rows, models, tmp_path):
     """The large model's part, or the small one's, whichever is more."""

@@ -1,4 +1,4 @@
-"""LoRA on a packed model, plain and under the mask: trained, recovered, merged."""
+"""LoRA on a compressed model, plain and under the mask: trained, recovered, merged."""
 
 import json
 from functools import partial
@@ -21,7 +21,7 @@ from loram.layers import Layers
 from loram.masks import layer_file, layer_masks, unpacked
 from loram.merge import adapt_layer_, merge
 from loram.model import load
-from loram.sparse import pack
+from loram.sparse import compress
 from loram.train import TrainConfig, train
 from tests.conftest import FAMILIES
 from tests.sparse_models import logits, make, rows
@@ -30,11 +30,11 @@ from tests.sparse_models import logits, make, rows
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_recovered_and_merged(family, masked, tmp_path):
-    """On the packed model; then the same update on the untouched base, through files."""
+    """On the compressed model; then the same update on the untouched base, through files."""
     make(family, tmp_path)
-    pack(tmp_path / "pruned", tmp_path / "packed", nf4=False)
+    compress(tmp_path / "pruned", tmp_path / "compressed", nf4=False)
     lora = AdapterConfig(r=4, alpha=8, dropout=0.0, masked=masked)
-    model = attach(load(tmp_path / "packed"), lora, seed=1)
+    model = attach(load(tmp_path / "compressed"), lora, seed=1)
     list(train(model, rows(3) * 2, TrainConfig(2, 1e-2, 8)))
     save_adapter(model, tmp_path / "adapter")
     pruned, base = tmp_path / "pruned", tmp_path / "base"
@@ -53,7 +53,7 @@ def test_trained_recovered_and_merged(family, masked, tmp_path):
         assert torch.allclose(*after, atol=1e-5) and not torch.allclose(
             after[0], Layers(base).layer(i)(hidden, **given), atol=1e-3
         )
-    trained = open_adapted(tmp_path / "packed", tmp_path / "adapter")
+    trained = open_adapted(tmp_path / "compressed", tmp_path / "adapter")
     assert torch.equal(logits(trained), logits(model.eval()))
     masks = {name: bits for i in range(4) for name, bits in layer_masks(pruned, i).items()}
     outside = 0.0
@@ -69,7 +69,7 @@ def test_trained_recovered_and_merged(family, masked, tmp_path):
         first = next(iter(other))
         save_file(other | {first: 255 - other[first]}, layer_file(tmp_path / "adapter", 1))
         with pytest.raises(UserError, match="with other masks"):
-            open_adapted(tmp_path / "packed", tmp_path / "adapter")
+            open_adapted(tmp_path / "compressed", tmp_path / "adapter")
         with pytest.raises((ValueError, KeyError), match="LORAM_MASKED"):
             PeftModel.from_pretrained(full, tmp_path / "recovered")
     else:

@@ -81,7 +81,7 @@ def trained(
 @pytest.mark.parametrize(
     "kind",
     ["full", "full nf4", "stru", "stru nf4", "stru offsets"]
-    + ["packed", "packed_nf4", "packed masked", "packed_nf4 masked"],
+    + ["compressed", "compressed_nf4", "compressed masked", "compressed_nf4 masked"],
 )
 def test_sft(kind, family, rows, checkpointing, models):
     stored, *how = kind.split()

@@ -16,7 +16,7 @@ from loram.layers import Layers
 from loram.merge import merge
 from loram.model import load, save
 from loram.prune import prune
-from loram.sparse import pack
+from loram.sparse import compress
 from tests.conftest import FAMILIES, tiny_model
 from tests.sparse_models import make as make_sparse
 from tests.test_laws import ADAPTER, logits, make, trained
@@ -89,15 +89,17 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 
 def test_weights_that_cannot_take_it_are_refused(tmp_path):
     make_sparse("llama", tmp_path)
-    pack(tmp_path / "pruned", tmp_path / "packed", nf4=False)
-    save_adapter(attach(load(tmp_path / "packed"), ADAPTER), tmp_path / "adapter")
+    compress(tmp_path / "pruned", tmp_path / "compressed", nf4=False)
+    save_adapter(attach(load(tmp_path / "compressed"), ADAPTER), tmp_path / "adapter")
     save(load(tmp_path / "pruned", nf4=True), tmp_path / "nf4")
     kept = Kept.load(tmp_path / "pruned")
-    for base in (tmp_path / "packed", tmp_path / "nf4"):
-        refused("base: found .*, quantised or packed", base, tmp_path / "adapter", tmp_path / "out")
-        with pytest.raises(UserError, match="model: found .*, quantised or packed"):
+    for base in (tmp_path / "compressed", tmp_path / "nf4"):
+        refused(
+            "base: found .*, quantised or compressed", base, tmp_path / "adapter", tmp_path / "out"
+        )
+        with pytest.raises(UserError, match="model: found .*, quantised or compressed"):
             Layers(base)
-        with pytest.raises(UserError, match="model: found .*, quantised or packed"):
+        with pytest.raises(UserError, match="model: found .*, quantised or compressed"):
             prune(base, tmp_path / "out", kept)
         assert not (tmp_path / "out").exists()
 

@@ -9,7 +9,7 @@ from loram.loss import CausalLoss
 from loram.model import load, save
 from loram.offsets import OffsetConfig, OffsetLoss, Offsets, corrected, offset_bytes, write_offsets
 from loram.prune import PruneConfig
-from loram.sparse import pack, sparsify
+from loram.sparse import compress, sparsify
 from loram.train import TrainConfig, train
 from tests.conftest import FAMILIES, tiny_model
 from tests.offsetting import ADAPTER, distance, small_and_large, state, values, written
@@ -85,14 +85,14 @@ def test_rows_are_found_by_number(tmp_path):
         offsets.fetch(torch.tensor([31]))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "packed", "packed nf4"])
+@pytest.mark.parametrize("kind", ["nf4", "compressed", "compressed nf4"])
 def test_they_make_up_for_nf4_and_for_single_weights(kind, tmp_path):
     base, small = small_and_large("llama", tmp_path)
     if kind == "nf4":
         save(load(small, nf4=True), tmp_path / "trained")
     else:
         sparsify(base, tmp_path / "sparse", rows(4), PruneConfig("semi"), work=tmp_path / "s")
-        pack(tmp_path / "sparse", tmp_path / "trained", nf4="nf4" in kind)
+        compress(tmp_path / "sparse", tmp_path / "trained", nf4="nf4" in kind)
     bf16 = {"dtype": torch.bfloat16}  # as the pipeline calls it
     offsets, _ = written(tmp_path, base, tmp_path / "trained", 2, **bf16)
     module = OffsetLoss(attach(load(tmp_path / "trained"), ADAPTER), offsets.layers)

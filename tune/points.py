@@ -18,7 +18,7 @@ STAGES = {
     "targets": "targets",
     "align": "align",
     "distil": "align",
-    "pack": "quantise",
+    "compress": "quantise",
     "quantise": "quantise",
     "quantise_full": "quantise",
     "offsets": "offsets",

@@ -18,7 +18,7 @@ from loram.masks import unpacked
 BLOCK, NESTED = 64, 256  # weights a constant, constants a constant of constants (QLoRA, section 3)
 
 
-class PackedLinear(nn.Linear):
+class CompressedLinear(nn.Linear):
     """`nn.Linear` on a frozen weight with holes; its `weight` is made anew each time it is read.
 
     Buffers, all uint8 so that no cast of a model changes them: `bits` (out, ceil(in / 8)) as
@@ -106,7 +106,7 @@ class _Product(torch.autograd.Function):
     """x W^T + b for frozen W and b; W is unpacked in both directions instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: CompressedLinear) -> Tensor:
         ctx.layer = layer
         weight, bias = layer.weight, layer.bias
         if not torch.is_autocast_enabled(x.device.type):
@@ -119,7 +119,7 @@ class _Product(torch.autograd.Function):
 
 
 def stored(module: str, values: Tensor, nf4: bool) -> dict[str, Tensor]:
-    """The buffers of a `PackedLinear` for bf16 survivors, row by row, beside `bits`."""
+    """The buffers of a `CompressedLinear` for bf16 survivors, row by row, beside `bits`."""
     if not nf4:
         return {f"{module}.survivors": values.view(torch.uint8)}
     codes, state = bnb.quantize_4bit(

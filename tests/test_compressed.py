@@ -1,4 +1,4 @@
-"""The packed form of sparse models: equal to the dense one with zeros, and really smaller."""
+"""The compressed form of sparse models: equal to the dense one with zeros, and really smaller."""
 
 import gc
 import subprocess
@@ -13,15 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from loram.adapter import AdapterConfig, attach
+from loram.compressed import CompressedLinear
 from loram.errors import UserError
 from loram.kept import Kept
 from loram.masks import layer_file, of_weights
 from loram.masks import packed as bits_of
 from loram.model import load, read_config, save
-from loram.packed import PackedLinear
 from loram.plan import pruned_size, size
 from loram.shards import write_index, write_part
-from loram.sparse import pack, sparsify
+from loram.sparse import compress, sparsify
 from loram.train import TrainConfig, train
 from tests.conftest import FAMILIES, tiny_model
 from tests.sparse_models import IDS, SEMI, UNST, logits, make, rows
@@ -42,14 +42,14 @@ def quantised_survivors_(model, directory) -> None:
 def test_packed_is_the_dense_model_with_zeros(family, nf4, tmp_path):
     """Logits and gradients of the embeddings, through files; a plain recipe trains on it."""
     make(family, tmp_path, UNST)
-    pack(tmp_path / "pruned", tmp_path / "packed", nf4)
+    compress(tmp_path / "pruned", tmp_path / "compressed", nf4)
     dense = load(tmp_path / "pruned")
     if nf4:
         quantised_survivors_(dense, tmp_path / "pruned")
-    packed = load(tmp_path / "packed")
-    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 28
+    compressed = load(tmp_path / "compressed")
+    assert sum(isinstance(m, CompressedLinear) for m in compressed.modules()) == 28
     found = []
-    for model in (dense, packed):
+    for model in (dense, compressed):
         model.requires_grad_(False)
         embedded = model.get_input_embeddings()(IDS).requires_grad_(True)
         out = model(inputs_embeds=embedded).logits
@@ -57,10 +57,10 @@ def test_packed_is_the_dense_model_with_zeros(family, nf4, tmp_path):
         found.append((out.detach(), embedded.grad))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
-    save(packed, tmp_path / "resaved")
-    assert torch.equal(logits(load(tmp_path / "resaved")), logits(packed))
+    save(compressed, tmp_path / "resaved")
+    assert torch.equal(logits(load(tmp_path / "resaved")), logits(compressed))
     with pytest.raises((ValueError, KeyError), match=f"loram_{family}"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_what_was_pruned_is_gone(config, nf4, target, tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     save(tiny_model("llama", **wide).bfloat16(), tmp_path / "base")
     sparsify(tmp_path / "base", tmp_path / "pruned", rows(2), config)
-    pack(tmp_path / "pruned", tmp_path / "packed", nf4)
+    compress(tmp_path / "pruned", tmp_path / "compressed", nf4)
     weights = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
-    files = [load_file(file) for file in (tmp_path / "packed").glob("*.safetensors")]
+    files = [load_file(file) for file in (tmp_path / "compressed").glob("*.safetensors")]
     parts = [(name, tensor.nbytes) for tensors in files for name, tensor in tensors.items()]
     dense = (
         "embed_tokens.weight",
@@ -90,10 +90,10 @@ def test_what_was_pruned_is_gone(config, nf4, target, tmp_path):
     )  # the masks too are there once
     assert 8 * stored / weights < target
     del files
-    count = size(read_config(tmp_path / "packed"))
+    count = size(read_config(tmp_path / "compressed"))
     assert count == pruned_size(read_config(tmp_path / "base"), config)
     held = count.nf4_bytes if nf4 else count.bf16_bytes
-    model = attach(load(tmp_path / "packed"), AdapterConfig(dropout=0.0))
+    model = attach(load(tmp_path / "compressed"), AdapterConfig(dropout=0.0))
     list(train(model, rows(3), TrainConfig(1, 1e-3, 8)))
     frozen = sum(
         tensor.nbytes
@@ -126,9 +126,9 @@ def test_process_memory_holds_the_survivors_alone(tmp_path):
     write_index(tmp_path / "pruned")
     model.config.save_pretrained(tmp_path / "pruned")
     Kept.whole(model.config).save(tmp_path / "pruned")
-    pack(tmp_path / "pruned", tmp_path / "packed", nf4=False)
+    compress(tmp_path / "pruned", tmp_path / "compressed", nf4=False)
     held = []
-    for name in ("pruned", "packed"):
+    for name in ("pruned", "compressed"):
         child = [sys.executable, "-c", TRAIN, str(tmp_path / name)]
         held.append(int(subprocess.run(child, capture_output=True, text=True, check=True).stdout))
     assert held[0] > 0.95 * 2 * weights
@@ -190,8 +190,8 @@ class Rows(torch.utils.data.Dataset):
 def test_stock_peft_and_trainer_train_a_packed_model(nf4, tmp_path):
     """An adapter that transformers' Trainer made fits the base as it is: shapes did not change."""
     make("llama", tmp_path)
-    pack(tmp_path / "pruned", tmp_path / "packed", nf4)
-    small = load(tmp_path / "packed")
+    compress(tmp_path / "pruned", tmp_path / "compressed", nf4)
+    small = load(tmp_path / "compressed")
     before = {name: x.clone() for name, x in small.state_dict().items()}
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(small, lora)
@@ -212,4 +212,4 @@ def test_stock_peft_and_trainer_train_a_packed_model(nf4, tmp_path):
 def test_a_model_without_masks_is_not_packed(tmp_path):
     save(tiny_model("llama"), tmp_path / "base")
     with pytest.raises(UserError, match="without masks"):
-        pack(tmp_path / "base", tmp_path / "packed", nf4=False)
+        compress(tmp_path / "base", tmp_path / "compressed", nf4=False)

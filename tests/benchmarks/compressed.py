@@ -1,6 +1,6 @@
-"""Time of a packed linear against the dense frozen one: forward and backward at 2,048 tokens.
+"""Time of a compressed linear against the dense frozen one: forward and backward at 2,048 tokens.
 
-    python -m tests.benchmarks.packed
+    python -m tests.benchmarks.compressed
 
 bf16 inputs and weights, as in training; two shapes; 4:8 in bf16 and NF4, and 0.55 in NF4. Kinds
 take turns within every round, so that another load on the machine hits all of them; the medians
@@ -14,8 +14,8 @@ import time
 import torch
 from torch import Tensor, nn
 
+from loram.compressed import CompressedLinear, stored
 from loram.masks import packed
-from loram.packed import PackedLinear, stored
 from tests.benchmarks import keep
 
 TOKENS, ROUNDS = 2048, 11
@@ -43,12 +43,12 @@ def main() -> None:
         medians = {kind: statistics.median(found) for kind, found in times.items()}
         for kind in KINDS:
             keep(
-                "packed",
+                "compressed",
                 shape=f"{inputs} -> {outputs}",
                 tokens=TOKENS,
                 kind=kind,
                 dense_ms=round(1e3 * medians["dense"], 1),
-                packed_ms=round(1e3 * medians[kind], 1),
+                compressed_ms=round(1e3 * medians[kind], 1),
                 ratio=round(medians[kind] / medians["dense"], 2),
                 ratio_of_fastest=round(min(times[kind]) / min(times["dense"]), 2),
             )
@@ -61,17 +61,17 @@ def dense(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def holes(weight: Tensor, removed: float, nf4: bool, grouped: bool) -> PackedLinear:
+def holes(weight: Tensor, removed: float, nf4: bool, grouped: bool) -> CompressedLinear:
     """The same without a share of its weights, at random."""
     keep_first = torch.rand(weight.shape).unflatten(1, (-1, 8) if grouped else (1, -1)).argsort(-1)
     mask = (keep_first >= removed * keep_first.shape[-1]).flatten(1)
-    linear = PackedLinear(weight.shape[1], weight.shape[0], False, int(mask.sum()), nf4)
+    linear = CompressedLinear(weight.shape[1], weight.shape[0], False, int(mask.sum()), nf4)
     linear.load_state_dict({"bits": packed(mask)} | stored_of(weight[mask], nf4))
     return linear
 
 
 def stored_of(values: Tensor, nf4: bool) -> dict[str, Tensor]:
-    """`loram.packed.stored` without a module's name."""
+    """`loram.compressed.stored` without a module's name."""
     return {name.removeprefix("."): tensor for name, tensor in stored("", values, nf4).items()}
 
 
