@@ -21,7 +21,7 @@ from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
 from pipelines.settings import check_settings
 from pipelines.shapes import SHAPES
-from pipelines.step import Source, order
+from pipelines.step import Source, topological_order
 from pipelines.store import Store
 
 
@@ -64,7 +64,7 @@ def known_config(recipe: Recipe, error: UserError) -> PreTrainedConfig:
 def _steps(graph: Graph, store: Store, known: bool) -> Table:
     table = Table("step", "key", "in the store", "needs", title="Steps")
     targets = [variant.evaluate for variant in graph.variants]
-    for step in order(targets):
+    for step in topological_order(targets):
         there = known and not store.flaw(step.slug, step.key)
         needs = ", ".join(dict.fromkeys(node.name for node in step.inputs.values()))
         shown = step.key[:12] if known else "unknown"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from loram.errors import UserError
 from pipelines.lock import Lock
 from pipelines.seal import seal
-from pipelines.step import Metrics, Step, order
+from pipelines.step import Metrics, Step, topological_order
 from pipelines.store import Store
 
 POLL_S = 0.3  # how often a step that another run is making is looked at again
@@ -99,7 +99,7 @@ def execute(
             finish, and nothing new was started.
     """
     targets = list(targets)
-    ordered = order(targets)
+    ordered = topological_order(targets)
     needed = {step.key for step in targets}
     absent: set[str] = set()  # needed and not in the store
     waiting: set[str] = set()

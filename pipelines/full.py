@@ -30,7 +30,7 @@ from pipelines.locate import locate  # noqa: E402
 from pipelines.recipe import Recipe, flat  # noqa: E402
 from pipelines.recipes import resolve  # noqa: E402
 from pipelines.session import session  # noqa: E402
-from pipelines.step import Step, order  # noqa: E402
+from pipelines.step import Step, topological_order  # noqa: E402
 from pipelines.store import Store  # noqa: E402
 
 
@@ -89,7 +89,7 @@ def run(recipe: Recipe, store: Store) -> int:
         here.tracking.artifact(out, "report")
         here.tracking.artifact(store.entry(graph.recovered.slug), "adapter")
         here.tracking.artifact(store.entry(graph.pruned.slug) / "kept.safetensors", "kept")
-        for step in order(targets):
+        for step in topological_order(targets):
             rejects = store.entry(step.slug) / "rejects.jsonl"
             if rejects.exists() and rejects.stat().st_size:
                 here.tracking.artifact(rejects, f"rejects/{step.name}")
@@ -107,10 +107,10 @@ def run(recipe: Recipe, store: Store) -> int:
 def _write_report(
     out: Path, graph: Graph, targets: list[Step], store: Store, recipe: Recipe, rows: list
 ) -> None:
-    known = [store.known(step.slug) for step in order(targets)]
+    known = [store.known(step.slug) for step in topological_order(targets)]
     records = [record for record in known if record]
     curves = {}
-    for step in order(targets):
+    for step in topological_order(targets):
         path = store.entry(step.slug) / CURVE
         if path.exists():
             # Of a training in parts the last has it whole.

@@ -12,7 +12,7 @@ from pipelines.assets import home
 from pipelines.console import Console
 from pipelines.execute import Event
 from pipelines.recipe import Recipe, flat, write_recipe
-from pipelines.step import Step, order
+from pipelines.step import Step, topological_order
 from pipelines.store import Store
 from pipelines.tracking import Tracking, local, viewer
 
@@ -51,7 +51,7 @@ class Session:
         """
         known: dict[str, tuple[Recipe, str]] = {}
         for recipe, variant, targets in wanted:
-            for step in order(targets):
+            for step in topological_order(targets):
                 first, owner = known.get(step.key, (recipe, variant))
                 known[step.key] = first, variant if owner == variant else "shared"
 

@@ -85,7 +85,7 @@ class Step:
         return f"{self.name}-{self.key[:12]}"
 
 
-def order(targets: Iterable[Step]) -> list[Step]:
+def topological_order(targets: Iterable[Step]) -> list[Step]:
     """The targets and all steps that they need, inputs first, each key once."""
     found: dict[str, Step] = {}
 

@@ -9,7 +9,7 @@ from loram.errors import UserError
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources
 from pipelines.recipes import resolve
-from pipelines.step import Source, Step, order
+from pipelines.step import Source, Step, topological_order
 from tune.rungs import goes_on, parts, sft_of
 
 
@@ -23,7 +23,7 @@ def graph(*changes: str) -> Graph:
 def steps(*changes: str) -> dict[str, Step]:
     """Its steps by name, of several parts the last."""
     targets = [variant.evaluate for variant in graph(*changes).variants]
-    return {step.name: step for step in order(targets)}
+    return {step.name: step for step in topological_order(targets)}
 
 
 def test_only_the_small_model_has_masks():

@@ -15,7 +15,7 @@ import pytest
 
 from loram.errors import UserError, refuse
 from pipelines.execute import Event, Launch, StepFailed, execute, run
-from pipelines.step import Metrics, Source, Step, order
+from pipelines.step import Metrics, Source, Step, topological_order
 from pipelines.store import Store
 
 
@@ -149,7 +149,7 @@ def test_function_that_does_not_accept_its_inputs_is_refused() -> None:
 
 def test_order_is_topological_and_without_doubles() -> None:
     steps, twin = graph(), graph()
-    names = [step.name for step in order([steps["score"], twin["sft"], steps["a"]])]
+    names = [step.name for step in topological_order([steps["score"], twin["sft"], steps["a"]])]
     assert names == ["a", "b", "base", "sft", "score"]
 
 

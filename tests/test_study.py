@@ -10,7 +10,7 @@ import pytest
 from loram.errors import UserError
 from pipelines.execute import Event
 from pipelines.session import Session
-from pipelines.step import Source, order
+from pipelines.step import Source, topological_order
 from pipelines.store import Store
 from tune.arms import ask
 from tune.rungs import parts
@@ -159,7 +159,7 @@ def test_a_rate_that_diverges_is_left_out_and_the_shared_one_may_not(monkeypatch
     made = []
 
     def execute(targets, store, launch, place, on, at_once):
-        for step in order(targets):
+        for step in topological_order(targets):
             if step.key in bad:
                 on(Event("failed", step, Path(), text="loss nan"))
                 raise UserError("sft: loss nan")

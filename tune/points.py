@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.results import Row
-from pipelines.step import Step, order
+from pipelines.step import Step, topological_order
 from pipelines.store import Store
 from tune.arms import Study
 from tune.rungs import anew
@@ -129,7 +129,7 @@ def costs(arm: str, seed: int, sft: Step, others: Iterable[Step], store: Store) 
         others: those at other rates that were tried beside it.
     """
     stages: dict[str, list[dict[str, Any]]] = {}
-    for step in order([sft]):
+    for step in topological_order([sft]):
         # The curve of a training has that of its earlier parts.
         if step.name in STAGES and (step is sft or STAGES[step.name] != "SFT"):
             stages.setdefault(STAGES[step.name], []).append(store.record(step.slug))

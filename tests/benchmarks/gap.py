@@ -27,7 +27,7 @@ from pipelines.graph import build
 from pipelines.launch import ray_launch, start_ray
 from pipelines.locate import locate
 from pipelines.recipes import asset, resolve
-from pipelines.step import order
+from pipelines.step import topological_order
 from pipelines.store import Store
 from tests.benchmarks import keep, kept
 from tune.trainings import seeded
@@ -185,7 +185,7 @@ def run(cell: dict) -> None:
     targets = [variant.evaluate for variant in graph.variants] + [graph.recovered]
     execute(targets, store, ray_launch, recipe.place, lambda event: None)
     rows = results.rows(graph, store, size(read_config(recipe.model)))
-    steps = [step for step in order([graph.recovered]) if step.name in PREPARING]
+    steps = [step for step in topological_order([graph.recovered]) if step.name in PREPARING]
     records = [store.record(step.slug) for step in steps]
     keep(
         "gap",

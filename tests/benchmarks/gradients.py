@@ -25,7 +25,7 @@ from pipelines.graph import build
 from pipelines.launch import ray_launch, start_ray
 from pipelines.locate import locate
 from pipelines.recipes import resolve
-from pipelines.step import order
+from pipelines.step import topological_order
 from pipelines.store import Store
 from tests.benchmarks import keep
 
@@ -43,7 +43,7 @@ def main() -> None:
     changes = [f"prune.method={options.method}", f"prune.ratio={options.ratio}"]
     recipe, store = resolve("small", changes), Store(home() / "store")
     graph = build(recipe, *locate(recipe, store.root / "digests"))
-    steps = {step.name: step for step in order([graph.recovered])}
+    steps = {step.name: step for step in topological_order([graph.recovered])}
     start_ray()
     made = execute(
         [steps["prune"], steps["instruct"]], store, ray_launch, recipe.place, lambda event: None

@@ -24,7 +24,7 @@ from pipelines.assets import home
 from pipelines.graph import Graph, build
 from pipelines.locate import locate
 from pipelines.recipes import resolve
-from pipelines.step import order
+from pipelines.step import topological_order
 from pipelines.store import Store
 from tests.benchmarks import PICTURES, ROOT, keep
 from tune.rungs import rungs, sft_of, stopped
@@ -97,7 +97,7 @@ def alone(trial: dict, store: Store) -> tuple[list[dict], float]:
         return build(stopped(recipe, step), *locate(recipe, store.root / "digests"))
 
     ended = graph(trial["steps"]).variants
-    made = order([ended[0].evaluate, ended[-1].evaluate])
+    made = topological_order([ended[0].evaluate, ended[-1].evaluate])
     earlier = [step for step in rungs(recipe.sft) if step < trial["steps"]]
     before = [store.record(sft_of(graph(step)).slug)["metrics"] for step in earlier[-1:]]
     return [store.record(s.slug) for s in made], sum(m["train_seconds"] for m in before)
