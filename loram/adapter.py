@@ -182,7 +182,8 @@ def open_adapted(
     """The model `base` with an adapter of its shape on it, for inference; options as in `load`.
 
     Raises:
-        UserError: as of `load` and `check_fits`; a masked adapter without masks, or with others.
+        UserError: as of `load` and `check_fits`; a masked adapter without masks, or with others, or
+            on a model that neither the device nor memory holds.
     """
     check_fits(shapes(Path(adapter)), read_config(base))
     model = load(base, dtype=dtype, device=device)
@@ -192,6 +193,12 @@ def open_adapted(
     config = json.loads((Path(adapter) / CONFIG).read_text())
     if config["peft_type"] != PEFT_TYPE:
         return PeftModel.from_pretrained(model, adapter, device_map=plan).eval()
+    if "disk" in where.values():
+        refuse(
+            "adapter",
+            f"{adapter}, of a masked update, and {base}, of which layers wait on disk",
+            "the model that `merge` makes of both",
+        )
     if waits := "cpu" in where.values():
         remove_hook_from_submodules(model)
     settings = AdapterConfig(

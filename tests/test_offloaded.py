@@ -6,6 +6,7 @@ from accelerate import cpu_offload
 from accelerate.utils import OffloadedWeightsLoader
 
 from loram.adapter import AdapterConfig, attach, open_adapted, save_adapter
+from loram.errors import UserError
 from loram.evaluate import perplexity
 from loram.model import load, save
 from loram.packing import batches
@@ -35,6 +36,22 @@ def test_layers_that_do_not_fit_on_the_device_wait_outside(packed, tmp_path):
     reopened = open_adapted(tmp_path, tmp_path / "adapter", device="auto")
     here, there = (perplexity(m, batches(packed, range(8), 4)) for m in (adapted, reopened))
     assert here == there
+
+
+def test_a_masked_adapter_on_layers_on_disk_is_to_be_merged(tmp_path, monkeypatch):
+    make("llama", tmp_path)
+    save_adapter(
+        attach(load(tmp_path / "pruned"), AdapterConfig(masked=True)), tmp_path / "adapter"
+    )
+
+    def on_disk(*given, **options):
+        model = load(*given, **options)
+        model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+        return model
+
+    monkeypatch.setattr("loram.adapter.load", on_disk)
+    with pytest.raises(UserError, match="layers wait on disk; accepted: .*`merge`"):
+        open_adapted(tmp_path / "pruned", tmp_path / "adapter", device="auto")
 
 
 @pytest.mark.parametrize("masked", [False, True])
