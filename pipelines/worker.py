@@ -95,7 +95,10 @@ def work(job: Job) -> dict[str, Any]:
             append(curve, _line(job, log))
             if log.step % config.eval_every and log.step < config.last:
                 continue
-            held_out = perplexity(module, _held_out(job))["loss"]
+            try:
+                held_out = perplexity(module, _held_out(job))["loss"]
+            except FloatingPointError as error:
+                raise FloatingPointError(f"after step {log.step}: {error}") from None
             append(curve, {"step": log.step, "time": time.time(), "held_out_loss": held_out})
             path = run / f"step-{log.step:06d}"
             save_state(path, module, optimizer, log.step)
