@@ -84,7 +84,8 @@ def compensate(
 
     Args:
         source: directory or hub id of the full model.
-        pruned: directory of the small one, as pruning left it: not aligned, not compressed.
+        pruned: directory of the small one, as pruning left it: not aligned, compressed
+            or quantised.
         batches: dicts of int64 (batch, seq_len): input_ids, labels, position_ids. What comes after
             the last label of a row counts as padding.
         offsets: layers, numbered from 1, after which offsets will put the residual stream right in

@@ -88,7 +88,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
         stock.__init__(self, config)
         if hasattr(config, "survivors"):
-            _pack_(self, config.survivors, config.survivors_nf4)
+            _compress_(self, config.survivors, config.survivors_nf4)
         if hasattr(config, "kept_kv_heads"):
             _shrink_(self, config.kept_kv_heads, config.kept_neurons)
         for name, rank in getattr(config, "stand_ins", {}).items():
@@ -126,7 +126,7 @@ def _shrink_(model: PreTrainedModel, kv_heads: list[int], neurons: list[int]) ->
             layer.set_submodule(name, new)
 
 
-def _pack_(model: PreTrainedModel, survivors: dict[str, int], nf4: bool) -> None:
+def _compress_(model: PreTrainedModel, survivors: dict[str, int], nf4: bool) -> None:
     """Replace linears by compressed ones, empty."""
     for name, count in survivors.items():
         old = model.get_submodule(name)

@@ -24,6 +24,7 @@ from loram.shards import write_index, write_part
 from loram.sparse import compress, sparsify
 from loram.train import TrainConfig, train
 from tests.conftest import FAMILIES, tiny_model
+from tests.rows import TrainerRows
 from tests.sparse_models import IDS, SEMI, UNST, logits, make, rows
 
 
@@ -39,7 +40,7 @@ def quantised_survivors_(model, directory) -> None:
 
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_is_the_dense_model_with_zeros(family, nf4, tmp_path):
+def test_compressed_is_the_dense_model_with_zeros(family, nf4, tmp_path):
     """Logits and gradients of the embeddings, through files; a plain recipe trains on it."""
     make(family, tmp_path, UNST)
     compress(tmp_path / "pruned", tmp_path / "compressed", nf4)
@@ -175,19 +176,8 @@ def storages() -> dict[int, torch.Tensor]:
     return found
 
 
-class Rows(torch.utils.data.Dataset):
-    """Rows as the HF Trainer wants them."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.arange(index, index + 32)
-        return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32)}
-
-
 @pytest.mark.parametrize("nf4", [False, True])
-def test_stock_peft_and_trainer_train_a_packed_model(nf4, tmp_path):
+def test_stock_peft_and_trainer_train_a_compressed_model(nf4, tmp_path):
     """An adapter that transformers' Trainer made fits the base as it is: shapes did not change."""
     make("llama", tmp_path)
     compress(tmp_path / "pruned", tmp_path / "compressed", nf4)
@@ -198,7 +188,7 @@ def test_stock_peft_and_trainer_train_a_packed_model(nf4, tmp_path):
     settings = TrainingArguments(
         tmp_path / "trainer", max_steps=3, report_to=[], use_cpu=True, save_strategy="no"
     )
-    result = Trainer(adapted, settings, train_dataset=Rows()).train()
+    result = Trainer(adapted, settings, train_dataset=TrainerRows()).train()
     assert result.global_step == 3
     for name, x in adapted.get_base_model().state_dict().items():
         if "lora" not in name:
@@ -209,7 +199,7 @@ def test_stock_peft_and_trainer_train_a_packed_model(nf4, tmp_path):
     assert not torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), plain)
 
 
-def test_a_model_without_masks_is_not_packed(tmp_path):
+def test_a_model_without_masks_is_not_compressed(tmp_path):
     save(tiny_model("llama"), tmp_path / "base")
     with pytest.raises(UserError, match="without masks"):
         compress(tmp_path / "base", tmp_path / "compressed", nf4=False)

@@ -15,6 +15,7 @@ from loram.model import load
 from loram.prune import PruneConfig, choose, prune
 from loram.taylor import random_scores
 from pipelines.assets import home
+from tests.rows import TrainerRows
 
 README = Path(__file__).parents[1] / "README.md"
 TINY = home() / "assets" / "tiny-llama"
@@ -39,17 +40,6 @@ def test_the_readme_runs_as_printed(tmp_path):
     assert not torch.equal(before, after)
 
 
-class Rows(torch.utils.data.Dataset):
-    """Packed rows as the HF Trainer wants them: one dict of tensors a row."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.arange(index, index + 32)
-        return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32)}
-
-
 def test_stock_peft_and_trainer_train_the_small_model(tmp_path):
     config = loram.model.read_config(TINY)
     cut = PruneConfig(method="rand", ratio=0.5, keep_first=1, keep_last=1)
@@ -59,7 +49,7 @@ def test_stock_peft_and_trainer_train_the_small_model(tmp_path):
     settings = TrainingArguments(
         tmp_path / "trainer", max_steps=3, report_to=[], use_cpu=True, save_strategy="no"
     )
-    Trainer(small, settings, train_dataset=Rows()).train()
+    Trainer(small, settings, train_dataset=TrainerRows()).train()
     small.save_pretrained(tmp_path / "adapter")
     recover(tmp_path / "adapter", tmp_path / "pruned", TINY, tmp_path / "recovered")
     base = AutoModelForCausalLM.from_pretrained(TINY)
