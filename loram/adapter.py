@@ -19,6 +19,7 @@ from loram.adapter_files import (
     WEIGHTS,
     check_fits,
     module_and_factor,
+    named,
     refuse_unless_plain,
     shapes,
 )
@@ -171,7 +172,7 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     check_fits({name: tensor.shape for name, tensor in tensors.items()}, full)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    config |= {"base_model_name_or_path": str(base), "inference_mode": True}
+    config |= named(base) | {"inference_mode": True}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     copy_masks(adapter, out)
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from loram.errors import refuse
+from loram.hub import split
 from loram.masked import PEFT_TYPE
 from loram.pruned import meta_model
 
@@ -26,6 +27,15 @@ NOT_PLAIN = {
     "monteclora_config": None,
     "use_bdlora": None,
 }
+
+
+def named(base: str | Path) -> dict[str, str | None]:
+    """How an adapter's config names its base: a directory, or a hub id and its revision."""
+    name, revision = split(base)
+    return {
+        "base_model_name_or_path": name,
+        "revision": None if Path(name).exists() else revision,
+    }
 
 
 def refuse_unless_plain(config: dict) -> None:

@@ -37,7 +37,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """The model's tokenizer; a base model without a chat template gets the project's plain one."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    from loram.hub import split
+
+    name, revision = split(path)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     return tokenizer

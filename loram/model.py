@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -19,8 +18,10 @@ from transformers import (
 )
 
 from loram.errors import refuse
+from loram.hub import config_dict, split
 from loram.pruned import PREFIX, SUPPORTED, config_class_of, model_class
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -41,8 +42,10 @@ def load(
     """
     config = read_config(path)
     quantisation = nf4_config(dtype) if nf4 else None
+    name, revision = split(path)
     model = model_class(config.model_type).from_pretrained(
-        path,
+        name,
+        revision=revision,
         config=config,
         dtype=dtype,
         device_map=device if device == "auto" else {"": device},
@@ -56,19 +59,6 @@ def load(
             # weight for a kernel that rounds its scales and fails on widths like 537.
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def local(path: str | Path) -> Path:
-    """The directory itself, or the one that a hub id is downloaded to (weights as safetensors)."""
-    if Path(path).is_dir():
-        return Path(path)
-    return Path(
-        snapshot_download(
-            str(path),
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"],
-            ignore_patterns="consolidated*",  # the same weights once more, under other names
-        )
-    )
 
 
 def save(model: PreTrainedModel, directory: Path) -> None:
@@ -102,12 +92,7 @@ def read_config(path: str | Path, setting: str = "model") -> PreTrainedConfig:
         except ValueError as error:
             refuse(setting, f"{file} that is not JSON ({error})", "a model's config.json")
     else:
-        try:
-            if not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
-                HfApi().model_info(str(path), timeout=5)  # a download would retry for half a minute
-            raw, _ = PreTrainedConfig.get_config_dict(path)
-        except Exception:  # the hub client raises what its HTTP library of the day raises
-            refuse(setting, f"{path}, neither a directory nor a hub id within reach", "a model")
+        raw = config_dict(str(path), setting)
     model_type = str(raw.get("model_type"))
     if model_type.removeprefix(PREFIX) not in SUPPORTED:
         refuse(setting, f"model_type {model_type!r} in {path}", ", ".join(SUPPORTED))
@@ -167,7 +152,7 @@ def weight_files(path: Path, setting: str = "model") -> list[Path]:
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
-        names = ["model.safetensors"]
+        names = [WEIGHTS]
     for name in names:
         if not (path / name).is_file():
             refuse(setting, f"{path} without {name}", "a model directory with safetensors weights")

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loram.model import INDEX, local, weight_files
+from loram.hub import local
+from loram.model import INDEX, weight_files
 
 
 class Checkpoint:

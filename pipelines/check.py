@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from loram.data import encode_chat, load_tokenizer
 from loram.errors import refuse
 from loram.formats import Message
-from loram.model import check_weights
+from loram.hub import local, missing
+from loram.model import INDEX, WEIGHTS, check_weights
 from loram.plan import size
 from pipelines import disk, tracking
 from pipelines.assets import home
@@ -51,17 +53,34 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
 
 
 def check_model(model: str) -> PreTrainedTokenizerBase:
-    """The model's weights and tokenizer are there, whole, and openable (local models).
+    """The model's weights and tokenizer are there, whole, and openable; of the hub's, before they
+    are downloaded, that they are there and have room.
 
     Returns: the tokenizer.
     """
     if Path(model).is_dir():
         check_weights(Path(model))
+    else:
+        check_download(model)
     try:
         return load_tokenizer(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         refuse("model", f"{model} without a tokenizer that opens ({reason})", "one with tokenizer")
+
+
+def check_download(model: str) -> None:
+    """The weights of a hub id are in its cache, or on the hub and the cache has room for them."""
+    files = missing(model)
+    if files is None or not any(files.values()):
+        return check_weights(local(model))
+    if not files.keys() & {INDEX, WEIGHTS}:
+        refuse("model", f"{model} without {WEIGHTS}", "a model with safetensors weights")
+    cache = Path(HF_HUB_CACHE)
+    disk = next(path for path in (cache, *cache.parents) if path.exists())
+    needed, free = sum(files.values()), shutil.disk_usage(disk).free
+    if free < needed and not os.environ.get("RAY_ADDRESS"):  # the nodes of a cluster have caches
+        refuse("HF_HOME", f"{free / 1e9:.1f} GB free at {cache}", f"{needed / 1e9:.1f} GB or more")
 
 
 def check_trainable(

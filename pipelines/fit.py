@@ -19,7 +19,7 @@ import ray.train
 import ray.train.torch
 
 from loram.adapter import AdapterConfig
-from loram.adapter_files import CONFIG, WEIGHTS
+from loram.adapter_files import CONFIG, WEIGHTS, named
 from loram.distil import DistilConfig
 from loram.errors import UserError, refuse
 from loram.masks import copy_masks
@@ -168,7 +168,7 @@ def _export(job: Job, checkpoint: Path, out: Path) -> None:
         return
     shutil.copyfile(checkpoint / "adapter" / WEIGHTS, out / WEIGHTS)
     config = json.loads((checkpoint / "adapter" / CONFIG).read_text())
-    config |= {"base_model_name_or_path": job.model}
+    config |= named(job.model)
     copy_masks(checkpoint / "adapter", out)
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 

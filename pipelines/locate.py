@@ -3,9 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
 from loram.errors import refuse
+from loram.hub import commit, split
 from loram.model import INDEX, weight_files
 from loram.prune import COMPANIONS
 from pipelines.digest import file_digest
@@ -52,7 +51,5 @@ def locate_model(model: str, cache: Path) -> Source:
             str(directory.absolute()),
             hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         )
-    try:
-        return Source("model", model, str(HfApi().model_info(model, timeout=10).sha))
-    except Exception:  # the hub client raises what its HTTP library of the day raises
-        refuse("model", f"{model}, neither a directory nor a hub id within reach", "a model")
+    name, sha = split(model)[0], commit(model)
+    return Source("model", f"{name}@{sha}", sha)

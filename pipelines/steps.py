@@ -16,7 +16,8 @@ import loram.sparse
 from loram.adapter import AdapterConfig, open_adapted
 from loram.data import load_tokenizer
 from loram.evaluate import perplexity, problems, strict_match
-from loram.model import load, local, read_config, save
+from loram.hub import local
+from loram.model import load, read_config, save
 from loram.packing import Packed, batches
 from loram.plan import pruned_size, size
 from loram.prune import PruneConfig, choose, copy_companions

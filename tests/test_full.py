@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pipelines.assets import home
+from tests.hub import serving
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,13 +98,18 @@ def test_first_run_then_a_changed_learning_rate(user):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_way_to_close_the_gap(user):
-    """In one run, with the bound beside them; NF4."""
+def test_every_way_to_close_the_gap(user, tmp_path, monkeypatch):
+    """In one run, with the bound beside them; NF4; a model of the hub."""
+    commit = "1" * 40
+    shutil.copytree(home() / "assets" / "tiny-llama", tmp_path / f"models/someone/tiny/{commit}")
     words = ["compensate.rank=4", "compensate.data=both", "compensate.rows=4"]
     words += ["distil.top=32", 'compare=["lora","bound"]', "compensate.gradients=true"]
     words += ["offset.every=1", "offset.parts=2"]
     words += ["evaluate.in_domain=[]", "place.gradient_checkpointing=true"]
-    log = user("test", *words)
+    with serving(tmp_path) as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        log = user("test", "model=someone/tiny", *words)
     wanted = {"compensate", "targets", "distil", "quantise", "offsets", "sft_bound", "recover"}
     assert wanted <= made(log)
     assert "│ LoRA where pruning keeps " in log and "│ QLoRAM-Stru, large " in log
@@ -121,6 +127,7 @@ def test_every_way_to_close_the_gap(user):
     curves = Path(report.parent / "report.html").read_text()
     assert curves.count("<td>sft</td>") == curves.count("<td>offsets</td>") == 2
     adapter = Path(re.search(r"recovered adapter +(\S+)", log).group(1))
+    assert json.loads((adapter / "adapter_config.json").read_text())["revision"] == commit
     base = AutoModelForCausalLM.from_pretrained(home() / "assets" / "tiny-llama")
     assert PeftModel.from_pretrained(base, adapter)
 

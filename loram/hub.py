@@ -1,0 +1,109 @@
+"""Models of the Hugging Face hub: `owner/name` or `owner/name@revision` (a branch, tag, commit)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    HfApi,
+    ModelInfo,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects
+
+from loram.errors import refuse
+
+NEEDED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
+TWICE = "consolidated*"  # the same weights once more, under other names
+
+
+def split(path: str | Path) -> tuple[str, str]:
+    """What loaders take: a directory as it is or the hub id, and the revision, `main` if unsaid."""
+    if Path(path).exists():
+        return str(path), "main"
+    name, _, revision = str(path).partition("@")
+    return name, revision or "main"
+
+
+def local(path: str | Path) -> Path:
+    """The directory itself, or the one that a hub id is downloaded to."""
+    name, revision = split(path)
+    if Path(name).is_dir():
+        return Path(name)
+    found = snapshot_download(name, revision=revision, allow_patterns=NEEDED, ignore_patterns=TWICE)
+    return Path(found)
+
+
+def missing(path: str, setting: str = "model") -> dict[str, int] | None:
+    """Of each file that `local` gives the bytes that it would download, 0 of one in the cache; None
+    with HF_HUB_OFFLINE.
+
+    Raises:
+        UserError: as of `commit`.
+    """
+    about = _about(path, setting)
+    if about is None:
+        return None
+    sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
+    chosen = filter_repo_objects(sizes, allow_patterns=NEEDED, ignore_patterns=TWICE)
+    name, _ = split(path)
+    return {file: 0 if _cached(name, about.sha, file) else sizes[file] for file in chosen}
+
+
+def commit(path: str, setting: str = "model") -> str:
+    """The commit that a hub id stands for now; with HF_HUB_OFFLINE in the cache.
+
+    Raises:
+        UserError: there is none, or the hub is out of reach.
+    """
+    if about := _about(path, setting):
+        return str(about.sha)
+    if cached := _cached(*split(path), "config.json"):
+        return cached.parent.name
+    refuse(setting, f"{path}, which the cache has not (HF_HUB_OFFLINE is set)", "one that it has")
+
+
+def config_dict(path: str, setting: str = "model") -> dict[str, Any]:
+    """The raw `config.json` of a hub id.
+
+    Raises:
+        UserError: there is none, or it is gated or out of reach.
+    """
+    name, revision = split(path)
+    if not _cached(name, revision, "config.json"):
+        commit(path, setting)  # a download of what is out of reach would retry for half a minute
+    try:
+        return json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text())
+    except GatedRepoError:
+        refuse(setting, f"{name}, which is gated", "a model that HF_TOKEN gives access to")
+    except EntryNotFoundError:
+        refuse(setting, f"{path} without config.json", "a model")
+
+
+def _about(path: str, setting: str) -> ModelInfo | None:
+    name, revision = split(path)
+    try:
+        return HfApi().model_info(name, revision=revision, files_metadata=True, timeout=5)
+    except OfflineModeIsEnabled:
+        return None
+    except RevisionNotFoundError:
+        refuse(setting, f"{name} without revision {revision!r}", "a branch, tag or commit of it")
+    except Exception:  # the hub client raises what its HTTP library of the day raises
+        refuse(setting, f"{path}, neither a directory nor a hub id within reach", "a model")
+
+
+def _cached(name: str, revision: str | None, file: str) -> Path | None:
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError:  # a directory that is not there
+        return None
+    return Path(found) if isinstance(found, str) else None  # it can also be known to have none
