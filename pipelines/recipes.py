@@ -82,7 +82,9 @@ def paper(name: str, model: str, **changes: Any) -> Recipe:
                 SourceSpec("hf://datasets/open-web-math/open-web-math/data", share=0.1),
             )
         ),
-        instruct=Instruct((SourceSpec("hf://datasets/teknium/OpenHermes-2.5@~parquet"),)),
+        instruct=Instruct(
+            (SourceSpec("hf://datasets/teknium/OpenHermes-2.5@refs/convert/parquet"),)
+        ),
         evaluate=Evaluate(out_of_domain=(SourceSpec("hf://datasets/tatsu-lab/alpaca/data"),)),
         align=TrainConfig(steps=200, lr=5e-5),
         nf4=True,

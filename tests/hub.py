@@ -13,15 +13,15 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves `root/<models or datasets>/<owner>/<name>/<commit>/...`; `main` is the last commit, by
-    name. A repository with a file `gated` beside its commits gives files only for a token."""
+    """Serves `root/<models or datasets>/<owner>/<name>/<commit or branch>/...`; `main` is the last
+    commit, by name. With a file `gated` beside its commits it gives files only for a token."""
 
     def __init__(self, root: Path, *rest) -> None:
         self.root = root
         super().__init__(*rest)
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
         if asked := re.fullmatch(r"/api/(\w+)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             if commit := self.commit(asked[1], asked[2], asked[3]):
                 files = sorted(f for f in commit.rglob("*") if f.is_file())
@@ -32,7 +32,7 @@ class Hub(BaseHTTPRequestHandler):
                 self.answer({"id": asked[2], "sha": commit.name, "siblings": there})
         elif asked := re.fullmatch(r"/api/(\w+)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
             if commit := self.commit(asked[1], asked[2], asked[3]):
-                folder = commit / (asked[4] or "")
+                folder = commit / unquote(asked[4] or "")
                 deep = "recursive=true" in self.path.lower()
                 if folder.is_dir():
                     there = sorted(folder.rglob("*") if deep else folder.glob("*"))
@@ -41,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
                     self.refuse(404, "EntryNotFound")
         elif asked := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if commit := self.commit("datasets" if asked[1] else "models", asked[2], asked[3]):
-                self.file(commit / asked[4], commit)
+                self.file(commit / unquote(asked[4]), commit)
         else:
             self.refuse(404, "RepoNotFound")
 
@@ -49,7 +49,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Some paths' entries."""
-        asked = re.fullmatch(r"/api/(\w+)/([^/]+/[^/]+)/paths-info/([^/]+)", unquote(self.path))
+        asked = re.fullmatch(r"/api/(\w+)/([^/]+/[^/]+)/paths-info/([^/]+)", self.path)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if asked and (commit := self.commit(asked[1], asked[2], asked[3])):
             paths = body["paths"] if isinstance(body["paths"], list) else [body["paths"]]
@@ -58,13 +58,13 @@ class Hub(BaseHTTPRequestHandler):
 
     def commit(self, kind: str, name: str, revision: str | None) -> Path | None:
         """The directory of a commit; None, and an answer that says so, where there is none."""
-        commits = sorted(path for path in (self.root / kind / name).glob("*") if path.is_dir())
+        commits = sorted((self.root / kind / name).glob("[0-9a-f]" * 40))
         if not commits:
             self.refuse(404, "RepoNotFound")
             return None
-        if revision in (None, "main"):
+        if revision is None or revision == "main":
             return commits[-1]
-        found = self.root / kind / name / str(revision)
+        found = self.root / kind / name / unquote(revision)
         if not found.is_dir():
             self.refuse(404, "RevisionNotFound")
             return None

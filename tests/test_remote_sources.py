@@ -74,10 +74,11 @@ from loram.errors import UserError
 from pipelines.readers import read_rows
 from pipelines.sources import SourceSpec, digest, list_files, peek
 import numpy as np
-whole, one, none, nowhere = (SourceSpec(path) for path in sys.argv[1:])
+whole, one, other, none, nowhere = (SourceSpec(path) for path in sys.argv[1:])
 found = {"files": [[f.uri, f.size, f.stamp] for f in list_files(whole.path)]}
 found["rows"] = [row.values for f in list_files(whole.path) for row in read_rows(f.uri)]
 some = np.array([0, 333])
+found["converted"] = [row.values for f in list_files(other.path) for row in read_rows(f.uri)]
 found["some"] = [row.values for row in read_rows(list_files(one.path)[0].uri, some)]
 found["peek"] = len(peek(whole, "corpus.sources", chat=False))
 found["digest"] = digest(whole, None)
@@ -98,8 +99,12 @@ def test_hf(tmp_path):
     (root / "data" / "1.jsonl").write_bytes(LINES)
     pq.write_table(pa.Table.from_pylist(ROWS), root / "data" / "2.parquet", row_group_size=100)
     (root / "README.md").write_text("not data")
+    converted = root.parent / "refs" / "convert" / "parquet" / "default" / "train"
+    converted.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(ROWS[:9]), converted / "0000.parquet")
     source = "hf://datasets/someone/things"
-    paths = [source, f"{source}/data/*.parquet", f"{source}/other", "hf://datasets/some/where"]
+    paths = [source, f"{source}/data/*.parquet", f"{source}@refs/convert/parquet"]
+    paths += [f"{source}/other", "hf://datasets/some/where"]
 
     def look() -> dict:
         done = subprocess.run(
@@ -120,7 +125,7 @@ def test_hf(tmp_path):
     assert names == ["1.jsonl", "2.parquet"]
     assert [stamp for _, _, stamp in found["files"]][0] == hashlib.sha1(LINES).hexdigest()
     assert found["rows"] == ROWS * 2 and found["peek"] == 1000
-    assert found["some"] == [ROWS[0], ROWS[333]]
+    assert found["some"] == [ROWS[0], ROWS[333]] and found["converted"] == ROWS[:9]
     assert len(found["refused"]) == 2
     assert all(text.startswith("corpus.sources: found hf://") for text in found["refused"])
     assert changed["digest"] != found["digest"]
