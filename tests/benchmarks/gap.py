@@ -6,13 +6,13 @@
 The recipe `small`, in 16 bits or 4, on the shared store: base, full LoRA, scores and cuts are made
 once; while a step of one cell starts, one of another computes. `none` is the method without
 alignment, `align` the paper's. Cells that results.jsonl has are not run again. `bound` is LoRA on
-the full model at the kept positions, `qlora` QLoRA on it.
+the full model at the kept positions, `qlora` QLoRA on it. Prints the README's table and draws its
+picture.
 """
 
 import argparse
 import json
 import os
-import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,7 +29,8 @@ from pipelines.locate import locate
 from pipelines.recipes import asset, resolve
 from pipelines.step import topological_order
 from pipelines.store import Store
-from tests.benchmarks import keep, kept
+from tests.benchmarks import PICTURES, keep, kept
+from tests.benchmarks.gap_table import picture, table
 from tune.trainings import seeded
 
 OFF, ALIGN = ["align.steps=0"], ["align.steps=20"]
@@ -126,7 +127,10 @@ def main() -> None:
         start_ray()
     with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
         list(side_by_side.map(run, missing))
-    print(table(nf4=options.nf4, sft_steps=options.sft_steps))
+    chosen = {"nf4": options.nf4, "sft_steps": options.sft_steps}
+    print(table(WAYS, **chosen))
+    if chosen == {"nf4": False, "sft_steps": 20}:
+        picture(**chosen).savefig(PICTURES / "gap.svg")
 
 
 def cells(options: argparse.Namespace) -> Iterator[dict]:
@@ -138,33 +142,6 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
                 continue
             cell = {"method": method, "ratio": ratio, "nf4": options.nf4, "way": way}
             yield cell | {"sft_steps": options.sft_steps, "seed": seed, "gpu": options.gpu}
-
-
-def table(**chosen: object) -> str:
-    """What results.jsonl has, as Markdown: share of gain in % / perplexity out of domain, means and
-    deviations over seeds, of the machine on which there are most seeds, or else the CPU. Of Semi
-    and Unst without offsets, where another pruned model on each shows, the CPU if it has any."""
-    found = kept("gap", **chosen)
-    models = list(dict.fromkeys((line["method"], line["ratio"]) for line in found))
-    models.sort(key=lambda model: (["stru", "rand", "semi", "unst"].index(model[0]), model[1]))
-
-    def cell(way: str, model: tuple[str, float]) -> str:
-        mine = [line for line in found if (line["method"], line["ratio"]) == model]
-        mine = [line for line in mine if line["way"] == way]
-        on_gpu, on_cpu = ([line for line in mine if line["gpu"] is gpu] for gpu in (True, False))
-        of_machine = model[1] is None and "offsets" not in way
-        lines = on_cpu if on_cpu and of_machine else max(on_cpu, on_gpu, key=len)
-        shares = [100 * line["share"] for line in lines if line["share"] is not None]
-        if not shares:  # full LoRA gained next to nothing
-            return "-" if lines else ""
-        outside = statistics.mean(line["out_of_domain_perplexity"] for line in lines)
-        spread = f" ± {statistics.stdev(shares):.0f}" if len(shares) > 1 else ""
-        return f"{statistics.mean(shares):.0f}{spread} / {outside:.2f}"
-
-    rows = [["way", *(f"{method} {ratio or ''}".strip().title() for method, ratio in models)]]
-    rows.append(["---"] * len(rows[0]))
-    rows += [[way, *(cell(way, model) for model in models)] for way in WAYS]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows if any(row[1:]))
 
 
 def run(cell: dict) -> None:
