@@ -39,6 +39,17 @@ def file_digest(path: Path, cache: Path) -> str:
     return digest
 
 
+def forget_absent(cache: Path) -> None:
+    """Remove what is remembered of files that are no more."""
+    for note in cache.glob("*"):
+        try:
+            absent = not Path(json.loads(note.read_text())["path"]).exists()
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # being written or removed
+        if absent:
+            note.unlink(missing_ok=True)
+
+
 def read_digest(path: Path) -> str:
     """Hex SHA-256 of the file's bytes, read now."""
     with path.open("rb") as file:

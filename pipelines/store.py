@@ -24,7 +24,7 @@ from typing import Any
 
 from loram.errors import UserError, refuse
 from pipelines.assets import home
-from pipelines.digest import file_digest
+from pipelines.digest import file_digest, forget_absent
 from pipelines.lock import Lock, try_lock
 from pipelines.seal import RECORD, sync
 
@@ -195,6 +195,7 @@ def clean(store: Store, unused_days: float | None) -> list[str]:
                 shutil.rmtree(path, ignore_errors=True)
             lock.release()
             removed.append(str(path.relative_to(store.root)))
+    forget_absent(store.root / "digests")
     return removed
 
 

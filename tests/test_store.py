@@ -209,3 +209,15 @@ def test_command_line(tmp_path: Path, store: Store, capsys: pytest.CaptureFixtur
     assert store_module.main([*words, "remove", "none"]) == 1
     assert capsys.readouterr().out.startswith("entry: found 'none', which fits nothing")
     assert store_module.main([*words, "remove", step.slug]) == 0 and store.slugs() == []
+
+
+def test_clean_forgets_the_digests_of_files_that_are_gone(tmp_path: Path, store: Store) -> None:
+    for name in ("gone", "there"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (1e9, 1e9))  # long settled
+        file_digest(tmp_path / name, store.root / "digests")
+    (tmp_path / "gone").unlink()
+    (store.root / "digests" / "torn").write_text("{")
+    clean(store, None)
+    left = [note.read_text() for note in (store.root / "digests").iterdir()]
+    assert len(left) == 2 and any("there" in note for note in left)
