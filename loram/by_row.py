@@ -1,11 +1,12 @@
 """What the large model makes of packed rows, on disk: written batch by batch, read row by row."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from loram.loss import Batch
@@ -13,6 +14,20 @@ from loram.shards import rewrite
 
 INFO = "rows.json"
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def write_rows(directory: Path, number: int, tensors: Batch) -> None:
+    """Write what belongs to a batch's rows; there whole, or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = _file(directory, number)
+    kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(kept, file.with_suffix(".partial"))
+    file.with_suffix(".partial").rename(file)
+
+
+def has_rows(directory: Path, numbers: Iterable[int]) -> bool:
+    """Whether `write_rows` wrote of all these batches."""
+    return all(_file(directory, number).exists() for number in numbers)
 
 
 def write_info(directory: Path, batches: Sequence[Batch], layers: list[int]) -> None:
@@ -23,7 +38,7 @@ def write_info(directory: Path, batches: Sequence[Batch], layers: list[int]) -> 
 
 
 class ByRow:
-    """The tensors that `Spool` wrote for batches, whose first dimension are rows, by row.
+    """The tensors that `write_rows` wrote for batches, whose first dimension are rows, by row.
 
     layers: those that `write_info` was told.
 
@@ -46,10 +61,14 @@ class ByRow:
         parts: dict[str, list[Tensor]] = {}
         for row in rows.tolist():
             number, at = divmod(self._place[row], self._size)
-            with safe_open(self.directory / name / f"{number:06d}.safetensors", "pt") as file:
+            with safe_open(_file(self.directory / name, number), "pt") as file:
                 for key in file.keys():
                     parts.setdefault(key, []).append(file.get_slice(key)[at : at + 1])
         return {key: torch.cat(found) for key, found in parts.items()}
+
+
+def _file(directory: Path, number: int) -> Path:
+    return directory / f"{number:06d}.safetensors"
 
 
 def to_float8(x: Tensor) -> Batch:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loram.by_row import ByRow, from_float8, to_float8, write_info
-from loram.layers import Layers, Spool, walk
+from loram.by_row import ByRow, from_float8, has_rows, to_float8, write_info, write_rows
+from loram.layers import Layers, Spool, in_parts, walk
 from loram.loss import CHUNK, Batch, CausalLoss
 from loram.shards import link
 
@@ -48,13 +48,14 @@ def write_targets(
 
     A position takes 6 bytes for each of `top` and, for each hidden state, 4 and a byte a value
     (float8 with a scale a position). Peak memory: one layer or the head in float32, the activations
-    of one batch, and the logits of 1,024 positions.
+    of one batch, and the logits of 1,024 positions; off the device, the stream of a part of the
+    rows.
 
     Args:
         source: directory or hub id of the full model.
         batches: dicts of int64 (batch, seq_len) and `row` (batch); all of one size but the last.
-        work: where activations and finished targets wait; after a crash the same call goes on at
-            the layer it had reached. Emptied at the end.
+        work: where finished targets wait; after a crash the same call goes on at the part of the
+            rows (`in_parts`) that it had reached. Emptied at the end.
         dtype: of the computation (autocast).
 
     Returns: bytes; tokens.
@@ -62,22 +63,23 @@ def write_targets(
     Raises:
         ValueError: NaN or Inf came out of a layer (named).
     """
-    layers, spool, done = Layers(source, device=device), Spool(work / "activations"), work / "done"
-    kept = Spool(done)
+    layers, done = Layers(source, device=device), work / "done"
     chosen = hidden_layers(len(layers), config)
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-        for i in walk(layers, list(batches), spool):
-            hidden = (spool.read(f"input-{i}", n) for n in range(len(batches)))
-            if i in chosen:
-                kept.write_several(f"hidden-{i}", map(to_float8, hidden))
-            if i == len(layers):
-                norm, head = layers.head()
-                normed = (norm(h.to(layers.device)) for h in hidden)
-                kept.write_several("top", (top_tokens(head, h, config.top) for h in normed))
+        for part in in_parts(batches, layers.config.hidden_size):
+            if has_rows(done / "top", part):
+                continue
+            for i, stream in walk(layers, [batches[n] for n in part]):
+                if i in chosen:
+                    for n, hidden in zip(part, stream, strict=True):
+                        write_rows(done / f"hidden-{i}", n, to_float8(hidden))
+            norm, head = layers.head()
+            for n, hidden in zip(part, stream, strict=True):
+                top = top_tokens(head, norm(hidden.to(layers.device)), config.top)
+                write_rows(done / "top", n, top)
     write_info(done, batches, chosen)
     shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
-    spool.clear()
-    kept.clear()
+    Spool(done).clear()
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 

@@ -1,8 +1,9 @@
-"""A model of which one decoder layer is in memory at a time, and activations that wait on disk."""
+"""A model of which one decoder layer is in memory at a time, and activations that wait on disk, or
+off the device in memory."""
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from loram.loss import Batch, next_token_loss
 from loram.model import check_dense, read_config
 from loram.pruned import meta_model
 from loram.shards import Checkpoint, finite
+
+# Of residual stream in memory at a time: so much that reading the weights anew for the next takes
+# less than computing with them.
+HELD = 2 << 30
 
 
 class Layers:
@@ -137,6 +142,11 @@ class Spool:
         """What `write` wrote of a batch."""
         return self.read_several(name, number)["x"]
 
+    def read_all(self, name: str) -> Iterator[Tensor]:
+        """What `write` wrote, batch by batch."""
+        for number in range(len(list((self.directory / name).iterdir()))):
+            yield self.read(name, number)
+
     def read_several(self, name: str, number: int) -> Batch:
         return load_file(self.directory / name / f"{number:06d}.safetensors")
 
@@ -161,35 +171,40 @@ def _delete(directory: Path) -> None:
         shutil.rmtree(going, ignore_errors=True)
 
 
-def walk(layers: Layers, batches: list[Batch], spool: Spool) -> Iterator[int]:
-    """Take the batches through the layers; yields i while `input-<i>` waits in the spool, what goes
-    into layer i, and at the end what came out of the last. After a crash it starts with the i that
-    it had reached.
+def in_parts(batches: Sequence[Batch], hidden_size: int) -> Iterator[range]:
+    """Numbers of the batches, all of one size but the last, that `walk` is to take together: as
+    many as have `HELD` bytes of residual stream, in float32, at least one."""
+    count = max(1, HELD // (4 * hidden_size * batches[0]["input_ids"].numel()))
+    for first in range(0, len(batches), count):
+        yield range(first, min(first + count, len(batches)))
+
+
+def walk(layers: Layers, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Take batches through the layers together: yields i and, a float32 tensor a batch, off the
+    device, what goes into layer i; at the end what came out of the last. The list is always the
+    same one.
 
     Raises:
         ValueError: NaN or Inf; names the layer.
     """
-    names = spool.names()
-    if not names:
-        spool.write("input-0", layers.embedded(batches))
-    reached = next((i for i in range(len(layers) + 1) if f"input-{i}" in names), 0)
-    yield reached
-    for i in range(reached, len(layers)):
-        spool.write(f"input-{i + 1}", forward(layers, i, layers.layer(i), batches, spool))
-        spool.drop(f"input-{i}")
-        yield i + 1
+    stream = [hidden.cpu() for hidden in layers.embedded(batches)]
+    yield 0, stream
+    for i in range(len(layers)):
+        for n, hidden in enumerate(forward(layers, i, layers.layer(i), batches, stream)):
+            stream[n] = hidden.cpu()
+        yield i + 1, stream
 
 
 def forward(
-    layers: Layers, i: int, layer: nn.Module, batches: list[Batch], spool: Spool
+    layers: Layers, i: int, layer: nn.Module, batches: Iterable[Batch], inputs: Iterable[Tensor]
 ) -> Iterator[Tensor]:
-    """The outputs of layer `i`, batch by batch, for the `input-<i>` in the spool.
+    """The outputs of layer `i`, batch by batch.
 
     Raises:
         ValueError: NaN or Inf; names the layer.
     """
-    for number, batch in enumerate(batches):
-        hidden = spool.read(f"input-{i}", number).to(layers.device)
+    for hidden, batch in zip(inputs, batches, strict=True):
+        hidden = hidden.to(layers.device)
         output = layer(hidden, **layers.arguments(i, hidden, batch))
         if not output.isfinite().all():
             raise ValueError(f"NaN or Inf in the weights or activations of model.layers.{i}")
@@ -208,7 +223,8 @@ def keep_inputs(layers: Layers, batches: list[Batch], spool: Spool) -> None:
         spool.write("input-0", layers.embedded(batches))
     for i in range(len(layers)):
         if f"input-{i + 1}" not in spool.names():
-            spool.write(f"input-{i + 1}", forward(layers, i, layers.layer(i), batches, spool))
+            inputs = spool.read_all(f"input-{i}")
+            spool.write(f"input-{i + 1}", forward(layers, i, layers.layer(i), batches, inputs))
 
 
 def loss_gradients(layers: Layers, batches: list[Batch], spool: Spool) -> Iterator[Tensor]:

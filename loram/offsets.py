@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.adapter import open_adapted
-from loram.by_row import INFO, ByRow, from_float8, to_float8, write_info
+from loram.by_row import ByRow, from_float8, has_rows, to_float8, write_info, write_rows
 from loram.errors import refuse
-from loram.layers import Layers, Spool, walk
+from loram.layers import HELD, Layers, Spool, in_parts, walk
 from loram.loss import Batch, CausalLoss
 from loram.merge import adapt_layer_
 from loram.model import load
@@ -67,10 +67,10 @@ def offset_bytes(config: PreTrainedConfig, every: int, positions: int) -> int:
 
 
 def working_bytes(config: PreTrainedConfig, every: int, positions: int) -> int:
-    """What its work directory holds beside that at most: the large model's residual stream at every
-    place that is corrected, in bfloat16, and before and after one layer, in float32."""
-    kept = len(corrected(config, every))
-    return positions * config.hidden_size * (2 * kept + 8 * (kept > 0))
+    """What its work directory holds beside that at most: of a part of the rows, the large model's
+    residual stream at every place that is corrected, in bfloat16."""
+    of_part = min(4 * config.hidden_size * positions, HELD)
+    return len(corrected(config, every)) * of_part // 2
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def write_offsets(
     A position takes, for each layer, 4 bytes and one a value (float8 with a scale a position); the
     next offset makes up for what that rounds off. Peak memory: one layer of the large model in
     float32, then the small one as it is trained; the activations of one batch. Off the device, the
-    offsets of a batch three times.
+    stream of a part of the rows, then the offsets of a batch three times.
 
     Args:
         source: directory or hub id of the full model.
@@ -100,8 +100,7 @@ def write_offsets(
         every: as in `OffsetConfig`, at least 1.
         adapters: of the small model as it was trained so far, and the same recovered.
         work: where activations and finished offsets wait; after a crash the same call goes on at
-            the layer of the large model that it had reached, or, when that was through, at the
-            small one. Emptied at the end.
+            the part of the rows (`in_parts`) that it had reached. Emptied at the end.
         dtype: of the computation (autocast).
 
     Returns: bytes; tokens.
@@ -112,29 +111,24 @@ def write_offsets(
     """
     if not every:
         refuse("offset.every", 0, "1 or more")
-    done = work / "done"
-    if not (done / INFO).exists():
-        adapt = partial(adapt_layer_, adapters[1]) if adapters else None
-        full = Layers(source, device=device, adapt=adapt)
-        spool, large = Spool(work / "activations"), Spool(work / "large")
-        chosen = corrected(full.config, every)
-        mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+    done, large = work / "done", Spool(work / "large")
+    adapt = partial(adapt_layer_, adapters[1]) if adapters else None
+    full = Layers(source, device=device, adapt=adapt)
+    chosen = corrected(full.config, every)
+    mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+    for part in in_parts(batches, full.config.hidden_size):
+        if has_rows(done / "offsets", part):
+            continue
+        mine = [batches[n] for n in part]
         with mixed:
-            for i in walk(full, list(batches), spool):
-                if i in chosen:
-                    hidden = (spool.read(f"input-{i}", n) for n in range(len(batches)))
-                    large.write(f"{i}", (h.to(dtype) for h in hidden))
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
-        trained: PreTrainedModel | PeftModel
-        if adapters:
-            trained = open_adapted(small, adapters[0], **options)
-        else:
-            trained = load(small, **options)
-        found = _missing(trained, batches, chosen, large, mixed)
-        Spool(done).write_several("offsets", found)
-        write_info(done, batches, chosen)
+            _keep(full, mine, chosen, large, dtype)
+        trained = _trained(small, adapters, dtype=dtype, device=device)
+        for n, found in zip(part, _missing(trained, mine, chosen, large, mixed), strict=True):
+            write_rows(done / "offsets", n, found)
+        del trained  # it is not to be in memory with a layer of the large one
+    write_info(done, batches, chosen)
     shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
-    for name in ("activations", "large", "done"):
+    for name in ("large", "done"):
         Spool(work / name).clear()
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
@@ -186,6 +180,21 @@ class OffsetLoss(CausalLoss):
 
 def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _trained(
+    small: Path, adapters: tuple[Path, Path] | None, **options: Any
+) -> PreTrainedModel | PeftModel:
+    return open_adapted(small, adapters[0], **options) if adapters else load(small, **options)
+
+
+def _keep(
+    full: Layers, batches: Sequence[Batch], chosen: list[int], large: Spool, dtype: torch.dtype
+) -> None:
+    """The large model's residual stream after these layers, where `_missing` reads it."""
+    for i, stream in walk(full, batches):
+        if i in chosen:
+            large.write(f"{i}", (hidden.to(dtype) for hidden in stream))
 
 
 def _missing(

@@ -155,7 +155,8 @@ def sparsify_layer(
         tensors[f"{part}.{name}"] = kept.cpu()
     write_part(done, part, tensors)
     save_file(masks, layer_file(done, i))
-    spool.write(f"input-{i + 1}", forward(layers, i, layer, batches, spool))
+    inputs = spool.read_all(f"input-{i}")
+    spool.write(f"input-{i + 1}", forward(layers, i, layer, batches, inputs))
     return dampings
 
 
@@ -178,7 +179,7 @@ def _hessians(
             to.add(inputs[0])
 
         hooks.append(linear.register_forward_pre_hook(add))
-    for _ in forward(layers, i, layer, batches, spool):
+    for _ in forward(layers, i, layer, batches, spool.read_all(f"input-{i}")):
         pass
     for hook in hooks:
         hook.remove()
