@@ -124,6 +124,13 @@ def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(tokenizer.eos_token_id)
 
 
+def pad_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
+    """The id that fills rows up: the tokenizer's, or EOS if it has none, or one that was added to
+    the tokenizer and of which the model has no embedding."""
+    pad = tokenizer.pad_token_id
+    return end_of_text(tokenizer) if pad is None or pad >= vocab_size else int(pad)
+
+
 def _render(
     messages: list[Message], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[str, list[tuple[int, int]]]:

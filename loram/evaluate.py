@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loram.data import CHAT_OPTIONS, IGNORED
+from loram.data import CHAT_OPTIONS, IGNORED, pad_id
 from loram.loss import Batch, CausalLoss, to_device
 from loram.packing import Packed
 from loram.parallel import world
@@ -95,7 +95,7 @@ def generate(
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_tokens(model, tokenizer),
-        pad_token_id=_pad_id(tokenizer),
+        pad_token_id=pad_id(tokenizer, model.config.vocab_size),
         **(sampling if temperature > 0 else GREEDY),
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -150,7 +150,7 @@ def strict_match(
     """
     scored = [(p, final_number(tokenizer.decode(p.answer))) for p in asked]
     scored = [(problem, number) for problem, number in scored if number is not None]
-    pad, device = _pad_id(tokenizer), model.device
+    pad, device = pad_id(tokenizer, model.config.vocab_size), model.device
     right = 0
     for start in range(0, len(scored), size):
         chunk = scored[start : start + size]
@@ -191,7 +191,3 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
         after = tokenizer(ending.strip(), add_special_tokens=False)["input_ids"]
         ids |= {i for i in after[:1] if i in tokenizer.added_tokens_decoder}
     return sorted(i for i in ids if i is not None)
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -101,6 +101,15 @@ def planned_config(config: PreTrainedConfig, prune: PruneConfig, rank: int = 0) 
     return _compensated(pruned_config(config, kept), kept.slices(config), rank)
 
 
+def aligned_config(config: PreTrainedConfig, prune: PruneConfig, rank: int = 0) -> PreTrainedConfig:
+    """`planned_config` as it is aligned: weights pruned singly leave memory when the aligned model
+    is compressed."""
+    planned = planned_config(config, prune, rank)
+    if prune.method in STRUCTURED:
+        return planned
+    return compensated_config(config, getattr(planned, "stand_ins", {}))
+
+
 def _compensated(config: PreTrainedConfig, cut: Iterable[str], rank: int) -> PreTrainedConfig:
     return compensated_config(config, dict.fromkeys(blocks_to_fill(cut), rank)) if rank else config
 

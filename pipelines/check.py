@@ -13,11 +13,11 @@ from loram.errors import refuse
 from loram.formats import Message
 from loram.hub import local, missing
 from loram.model import INDEX, WEIGHTS, check_weights
-from loram.plan import size
 from pipelines import disk, tracking
 from pipelines.assets import home
+from pipelines.gpu_memory import stages
 from pipelines.lock import try_lock
-from pipelines.recipe import Corpus, Instruct, Recipe
+from pipelines.recipe import Instruct, Recipe
 from pipelines.settings import check_settings
 from pipelines.sources import peek
 
@@ -31,22 +31,23 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    known = disk.distil_bytes(recipe, config)
-    known += max(disk.compensate_bytes(recipe, config), disk.offsets_bytes(recipe, config))
-    check_store(store, config, known)
+    needed = disk.model_bytes(recipe, config) + disk.distil_bytes(recipe, config)
+    needed += max(disk.compensate_bytes(recipe, config), disk.offsets_bytes(recipe, config))
+    check_store(store, needed)
     tokenizer = check_model(recipe.model)
-    for setting, sources, kind in (
-        ("corpus.sources", recipe.corpus.sources, Corpus),
-        ("instruct.sources", recipe.instruct.sources, Instruct),
-        ("evaluate.in_domain", recipe.evaluate.in_domain, Instruct),
-        ("evaluate.out_of_domain", recipe.evaluate.out_of_domain, Instruct),
+    for setting, sources, data in (
+        ("corpus.sources", recipe.corpus.sources, recipe.corpus),
+        ("instruct.sources", recipe.instruct.sources, recipe.instruct),
+        ("evaluate.in_domain", recipe.evaluate.in_domain, recipe.instruct),
+        ("evaluate.out_of_domain", recipe.evaluate.out_of_domain, recipe.instruct),
     ):
         for spec in sources:
-            found = peek(spec, setting, chat=kind is Instruct)
+            chat = isinstance(data, Instruct)
+            found = peek(spec, setting, chat=chat)
             if isinstance(found[0], list):  # conversations, which a corpus may hold too
-                length = recipe.sft.seq_len if kind is Instruct else None
-                check_trainable(found, setting, tokenizer, length)
-    check_hardware(recipe)
+                limits = recipe.sft.seq_len if chat else None, config.vocab_size
+                check_trainable(found, setting, tokenizer, *limits, data.max_bad_share)
+    check_hardware(recipe, config)
     check_directory("LORAM_HOME", home() / "mlflow")
     tracking.check(recipe.tracking or tracking.local(home() / "mlflow"))
     return config
@@ -88,21 +89,34 @@ def check_trainable(
     setting: str,
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int | None,
+    vocab_size: int,
+    max_bad_share: float,
 ) -> None:
-    """Refuse instructions of which `peek` found none with a trainable token."""
-    reason = ""
+    """Refuse instructions of which, by those that `peek` found, far too many give no trained token,
+    and a tokenizer with tokens of which the model has no embedding."""
+    reasons = []
     for messages in conversations:
         try:
-            encode_chat(messages, tokenizer, seq_len)
-            return
+            largest = encode_chat(messages, tokenizer, seq_len).ids.max()
         except ValueError as error:
-            reason = str(error)
-    found = f"no trainable token in the first {len(conversations)} rows ({reason})"
-    refuse(setting, found, "answers that begin within seq_len tokens and suit the chat template")
+            reasons.append(str(error))
+            continue
+        if largest >= vocab_size:
+            token = tokenizer.convert_ids_to_tokens(int(largest))
+            found = f"a tokenizer with {token!r}, id {largest}, and {vocab_size} embeddings"
+            refuse("model", found, "embeddings of all tokens that its chat template writes")
+    # The first rows may by chance be worse than all.
+    if len(reasons) > 2 * max_bad_share * len(conversations):
+        found = f"{len(reasons)} of the first {len(conversations)} rows without a trained token"
+        accepted = "answers that begin within seq_len tokens and suit the chat template in all but"
+        refuse(
+            setting, f"{found} ({reasons[0]})", f"{accepted} {max_bad_share:.1%} (max_bad_share)"
+        )
 
 
-def check_hardware(recipe: Recipe) -> None:
-    """Enough GPUs and CPUs; a running cluster may still grow and is not asked here."""
+def check_hardware(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Enough GPUs and CPUs, and on a GPU enough memory for every stage, as estimated; a running
+    cluster may still grow and is not asked here."""
     if address := os.environ.get("RAY_ADDRESS"):
         if "://" in address:  # to this one jobs are submitted
             refuse("RAY_ADDRESS", address, "HOST:PORT of a cluster's head, or auto")
@@ -117,6 +131,17 @@ def check_hardware(recipe: Recipe) -> None:
     if place.gpus_per_worker and torch.cuda.get_device_capability() < (8, 0):
         found = ".".join(map(str, torch.cuda.get_device_capability()))
         refuse("GPU", f"compute capability {found}", "8.0 or newer, for bfloat16")
+    if place.gpus_per_worker:
+        check_gpu_memory(recipe, config, torch.cuda.get_device_properties(0).total_memory)
+
+
+def check_gpu_memory(recipe: Recipe, config: PreTrainedConfig, memory: int) -> None:
+    """A GPU with so many bytes holds every stage, as estimated."""
+    stage, most = max(stages(recipe, config).items(), key=lambda item: item[1])
+    if most > memory:
+        found = f"{stage}, which takes some {most / 1e9:.1f} GB a worker"
+        accepted = f"{memory / 1e9:.1f} GB; more place.workers, place.gradient_checkpointing"
+        refuse("GPU memory", found, f"{accepted} or a smaller place.micro_batch may help")
 
 
 def check_directory(setting: str, directory: Path) -> None:
@@ -131,14 +156,9 @@ def check_directory(setting: str, directory: Path) -> None:
         refuse(setting, found, "a writable directory, on a file system with flock")
 
 
-def check_store(store: Path, config: PreTrainedConfig, known: int = 0) -> None:
-    """The store can be written and holds what a run of this model leaves there.
-
-    Args:
-        known: bytes of what the large model makes of rows: targets, offsets.
-    """
+def check_store(store: Path, needed: int) -> None:
+    """The store can be written and has room for that many bytes."""
     check_directory("store", store)
-    # Pruned, aligned and quantised copies, and checkpoints of alignment in float32 with moments.
-    needed, free = 15 * size(config).total + known, shutil.disk_usage(store).free
+    free = shutil.disk_usage(store).free
     if free < needed:
         refuse("store", f"{free / 1e9:.1f} GB free at {store}", f"{needed / 1e9:.1f} GB or more")

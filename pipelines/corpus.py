@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from loram.data import Document, end_of_text, load_tokenizer
+from loram.data import Document, load_tokenizer, pad_id
 from loram.errors import UserError, refuse
+from loram.model import read_config
 from loram.packing import best_fit, cut, write_packed
 from pipelines.execute import CURVE
 from pipelines.place import Place
@@ -236,10 +237,8 @@ def _dataset(items: list[dict[str, Any]]) -> ray.data.Dataset:
         return ray.data.from_items(items, override_num_blocks=len(items))
 
 
-def _pad_id(tokenizer: str) -> int:
-    opened = load_tokenizer(tokenizer)
-    end = end_of_text(opened)
-    return end if opened.pad_token_id is None else int(opened.pad_token_id)
+def _pad_id(model: str) -> int:
+    return pad_id(load_tokenizer(model), read_config(model).vocab_size)
 
 
 def _finished(train: dict[str, Any], held_out: dict[str, Any], out: Path, work: Path) -> Metrics:

@@ -1,11 +1,24 @@
-"""What of a run's results on disk can be told from its recipe alone, beside copies of the model."""
+"""What a run takes on disk, told from its recipe alone."""
 
 from transformers import PreTrainedConfig
 
+from loram import plan
 from loram.compensate import working_bytes as compensating_bytes
 from loram.distil import target_bytes
 from loram.offsets import offset_bytes, working_bytes
 from pipelines.recipe import Recipe
+
+CHECKPOINTS = 3  # the best, the latest and, while it is written, the next
+
+
+def model_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """Copies of the model at most: pruned, with stand-ins, aligned, compressed or in NF4; while it
+    is aligned, checkpoints of what is trained and of two moments, in float32; QLoRA's."""
+    aligned = plan.size(plan.aligned_config(config, recipe.prune, recipe.compensate.rank))
+    copies = 4 * aligned.bf16_bytes
+    if recipe.align.steps:
+        copies += CHECKPOINTS * 12 * (aligned.total - aligned.frozen_in_alignment)
+    return copies + ("qlora" in recipe.compare) * plan.size(config).nf4_bytes
 
 
 def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:

@@ -1,24 +1,20 @@
 """`--dry-run`: the graph, sizes, memory and tokens of a recipe; nothing is run."""
 
-from dataclasses import replace
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from loram import layer_memory, memory, plan
+from loram import plan
 from loram.errors import UserError
 from loram.model import read_config
-from loram.offsets import corrected
-from loram.prune import STRUCTURED
-from loram.pruned import compensated_config
 from loram.train import TrainConfig
 from pipelines import disk
 from pipelines.check import check
+from pipelines.gpu_memory import stages
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
 from pipelines.recipe import Recipe
+from pipelines.recipes import NAMED
 from pipelines.settings import check_settings
 from pipelines.shapes import SHAPES
 from pipelines.step import Source, topological_order
@@ -52,11 +48,11 @@ def dry_run(recipe: Recipe, store: Store) -> int:
 
 
 def known_config(recipe: Recipe, error: UserError) -> PreTrainedConfig:
-    """The model's own config if it can be read, else the published shape of a named recipe."""
+    """The model's own config if it can be read, else the published shape of a named recipe's."""
     try:
         return read_config(recipe.model)
     except UserError:
-        if recipe.name not in SHAPES:
+        if recipe.name not in SHAPES or recipe.model != NAMED[recipe.name]().model:
             raise error from None
         return SHAPES[recipe.name]
 
@@ -105,45 +101,11 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
 
 
 def _memory(recipe: Recipe, config: PreTrainedConfig) -> Table:
-    small = plan.planned_config(config, recipe.prune, recipe.compensate.rank)
-    place = recipe.place
-    aligned = small
-    if recipe.prune.method not in STRUCTURED:
-        # Weights pruned singly leave memory when the aligned model is compressed.
-        aligned = compensated_config(config, getattr(small, "stand_ins", {}))
     table = Table("stage", "GPU memory", title="Estimated peak memory a worker")
     table.columns[1].justify = "right"
-
-    def row(name: str, size: float) -> None:
-        table.add_row(name, f"{size / 1e9:,.2f} GB")
-
-    rows, seq_len, less = place.micro_batch, recipe.align.seq_len, place.gradient_checkpointing
-    if recipe.prune.method != "rand":
-        needed = layer_memory.prune_bytes(config, recipe.prune, rows, seq_len)
-        row("score, prune (a layer at a time)", needed)
-    if recipe.compensate.rank:
-        longest, back = max(seq_len, recipe.sft.seq_len), recipe.compensate.gradients
-        needed = layer_memory.compensate_bytes(config, rows, longest, back)
-        row("compensate (a layer at a time)", needed)
-    if recipe.distil.top:
-        needed = layer_memory.targets_bytes(config, rows, seq_len, recipe.distil.top)
-        row("targets (a layer at a time)", needed)
-    if recipe.align.steps:
-        options: dict[str, Any] = {"workers": place.workers, "masked": plan.size(small).masked}
-        needed = memory.align_bytes(aligned, rows, seq_len, less, **options)
-        row("distil" if recipe.distil.top else "align", needed)
-    plain = replace(recipe.adapter, masked=False)
-    batch = rows, recipe.sft.seq_len, less
-    if recipe.offset.every:
-        trained = recipe.adapter if recipe.offset.parts > 1 else None
-        models = config, small, trained, recipe.nf4
-        row("offsets", layer_memory.offsets_bytes(*models, rows, recipe.sft.seq_len))
-    offsets = len(corrected(config, recipe.offset.every))
-    needed = memory.sft_bytes(small, recipe.adapter, recipe.nf4, *batch, offsets)
-    row("sft", needed)
-    for name in recipe.compare:
-        row(f"sft_{name}", memory.sft_bytes(config, plain, name == "qlora", *batch))
-    row("inference with the full model in bf16", plan.size(config).bf16_bytes)
+    whole = {"inference with the full model in bf16": plan.size(config).bf16_bytes}
+    for name, needed in (stages(recipe, config) | whole).items():
+        table.add_row(name, f"{needed / 1e9:,.2f} GB")
     return table
 
 

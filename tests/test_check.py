@@ -8,11 +8,14 @@ import time
 import pytest
 import ray
 
+from loram.errors import UserError
 from loram.model import save
 from pipelines.assets import home
+from pipelines.check import check_gpu_memory
 from pipelines.full import main
 from pipelines.recipes import read
 from pipelines.settings import check_settings
+from pipelines.shapes import SHAPES
 from tests.conftest import tiny_model
 
 ASSETS = home() / "assets"
@@ -175,6 +178,15 @@ def test_disk_too_full(refused, tmp_path):
     config.vocab_size = 10**12
     config.save_pretrained(tmp_path / "huge")
     assert "GB free" in refused(f"model={tmp_path / 'huge'}")
+
+
+def test_a_stage_that_no_gpu_holds():
+    """By LLaMA-2-13B's shape: on one A100 all but alignment."""
+    config, memory = SHAPES["llama2-13b"], 85_000_000_000
+    check_gpu_memory(read("llama2-13b", ["place.workers=1", "align.steps=0"]), config, memory)
+    check_gpu_memory(read("llama2-13b", []), config, memory)
+    with pytest.raises(UserError, match="^GPU memory: found align, .* accepted: 85.0 GB; more"):
+        check_gpu_memory(read("llama2-13b", ["place.workers=1"]), config, memory)
 
 
 def test_tracking_server(refused):

@@ -1,9 +1,14 @@
 """What a run's results take on disk, told from its recipe."""
 
+import pytest
+
 import loram.compensate
 from loram.model import read_config
 from loram.offsets import offset_bytes, working_bytes
-from pipelines.disk import compensate_bytes, offset_positions, offsets_bytes
+from loram.plan import aligned_config, size
+from loram.pruned import meta_model
+from loram.train import train_all_
+from pipelines.disk import compensate_bytes, model_bytes, offset_positions, offsets_bytes
 from pipelines.recipes import resolve
 
 
@@ -16,6 +21,22 @@ def test_each_part_has_offsets_of_its_rows_and_of_the_held_out_ones():
     kept = offset_bytes(config, 2, sum(positions))
     assert offsets_bytes(recipe, config) == kept + working_bytes(config, 2, positions[1])
     assert offsets_bytes(resolve("test", [*words, "offset.every=0"]), config) == 0
+
+
+@pytest.mark.parametrize("method", ["stru", "semi"])
+def test_checkpoints_of_all_that_is_aligned(method):
+    """With two moments in float32; of single weights of the whole model."""
+    words = [f"prune.method={method}", "compensate.rank=4"]
+    config = read_config(resolve("test", words).model)
+    with_steps, without = (
+        model_bytes(resolve("test", [*words, f"align.steps={steps}"]), config) for steps in (4, 0)
+    )
+    small = meta_model(aligned_config(config, resolve("test", words).prune, 4))
+    trained = [w for w in train_all_(small).parameters() if w.requires_grad]
+    assert with_steps - without == 3 * 12 * sum(w.numel() for w in trained)
+    assert without == 4 * 2 * sum(w.numel() for w in small.parameters())
+    qlora = resolve("test", [*words, "align.steps=0", 'compare=["lora", "qlora"]'])
+    assert model_bytes(qlora, config) - without == size(config).nf4_bytes
 
 
 def test_compensation_over_the_longest_rows():

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from loram.data import pad_id
 from loram.errors import UserError
 from loram.model import save
 from pipelines import readers
@@ -173,9 +174,45 @@ def test_a_glance_gives_the_good_rows(tmp_path):
 def test_no_trainable_token(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     talk = [{"role": "user", "content": "word " * 50}, {"role": "assistant", "content": "yes"}]
-    check_trainable([talk], "instruct.sources", tokenizer, 128)
-    with pytest.raises(UserError, match="no trainable token in the first 2 rows"):
-        check_trainable([talk, talk], "instruct.sources", tokenizer, 32)
+    short = [{"role": "user", "content": "word"}, {"role": "assistant", "content": "yes"}]
+    check_trainable([talk], "instruct.sources", tokenizer, 128, 49_152, 0.01)
+    check_trainable([talk, *[short] * 49], "instruct.sources", tokenizer, 32, 49_152, 0.01)
+    with pytest.raises(UserError, match="found 2 of the first 50 rows without a trained token"):
+        check_trainable([talk, talk, *[short] * 48], "a", tokenizer, 32, 49_152, 0.01)
+
+
+def test_a_token_without_an_embedding(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    talk = [{"role": "user", "content": "word"}, {"role": "assistant", "content": "yes"}]
+    check_trainable([talk], "instruct.sources", tokenizer, 128, 49_152, 0.01)
+    assert pad_id(tokenizer, 49_153) == 49_152
+    assert pad_id(tokenizer, 49_152) == tokenizer.eos_token_id
+    talk[0]["content"] = "word <pad>"
+    with pytest.raises(UserError, match="^model: found a tokenizer with '<pad>', id 49152, and"):
+        check_trainable([talk], "instruct.sources", tokenizer, 128, 49_152, 0.01)
+
+
+def test_links_count_as_what_they_lead_to(tmp_path):
+    """As the hub's cache holds files."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    write(tmp_path / "blobs" / "a", ROWS[:5])
+    write(tmp_path / "snapshot" / "2.jsonl", ROWS[5:9])
+    (tmp_path / "snapshot" / "1.jsonl").symlink_to("../blobs/a")
+    for path in (tmp_path / "snapshot", tmp_path / "snapshot" / "*.jsonl"):
+        source = SourceSpec(str(path))
+        assert [file.size > 0 for file in list_files(source.path)] == [True, True]
+        assert len(peek(source, "corpus.sources", chat=False)) == 9
+        before = digest(source, None)
+        write(tmp_path / "blobs" / "a", ROWS[:6])
+        assert digest(source, None) != before
+        write(tmp_path / "blobs" / "a", ROWS[:5])
+    for target, found in (("nowhere", "a link to nowhere"), ("../blobs", "a link to a directory")):
+        (tmp_path / "snapshot" / "3.jsonl").symlink_to(target)
+        with pytest.raises(UserError, match=found):
+            list_files(str(tmp_path / "snapshot"))
+        (tmp_path / "snapshot" / "3.jsonl").unlink()
 
 
 def test_a_digest_is_of_the_bytes_in_order(tmp_path):
