@@ -17,7 +17,15 @@ from loram.packing import Packed
 from loram.parallel import world
 
 FINAL = re.compile(r"#### (-?[\d.,]*\d)")  # GSM8K ends its solutions so
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+GREEDY = {  # whatever the model's generation_config.json says
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
@@ -74,7 +75,9 @@ def command(go: Callable[[], int]) -> int:
 def run(recipe: Recipe, store: Store) -> int:
     """Check, execute, report."""
     config = check(recipe, store.root)
-    graph = build(recipe, *locate(recipe, store.root / "digests"))
+    model, sources = locate(recipe, store.root / "digests")
+    recipe = replace(recipe, model=model.uri)  # of the hub, the commit
+    graph = build(recipe, model, sources)
     targets = [variant.evaluate for variant in graph.variants] + [graph.recovered]
     tags = {"variant": recipe.prune.method, "stage": "pipeline"}
     with session(recipe, store, recipe.name, tags) as here:

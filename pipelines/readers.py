@@ -102,6 +102,9 @@ def opened(uri: str) -> Iterator[BinaryIO]:
             yield file if uri.endswith(".parquet") else io.BufferedReader(file, PIECE)
     except DAMAGE as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+            found = f"{uri}, to which there is no access ({reason[0]})"
+            refuse("source", found, "one that HF_TOKEN gives access to, on every node")
         refuse("source", f"{uri}, which cannot be read to its end ({reason[0]})", "a whole file")
 
 

@@ -128,6 +128,8 @@ def test_every_way_to_close_the_gap(user, tmp_path, monkeypatch):
     assert curves.count("<td>sft</td>") == curves.count("<td>offsets</td>") == 2
     adapter = Path(re.search(r"recovered adapter +(\S+)", log).group(1))
     assert json.loads((adapter / "adapter_config.json").read_text())["revision"] == commit
+    again = json.loads((report.parent / "recipe.json").read_text())
+    assert again["model"] == f"someone/tiny@{commit}"
     base = AutoModelForCausalLM.from_pretrained(home() / "assets" / "tiny-llama")
     assert PeftModel.from_pretrained(base, adapter)
 

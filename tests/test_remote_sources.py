@@ -121,6 +121,22 @@ def test_hf(tmp_path):
         found = look()
         (root / "data" / "1.jsonl").write_bytes(LINES[:-1] + b" \n")
         changed = look()
+        (root.parent / "gated").touch()
+        gated = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pipelines.full",
+                "test",
+                f'corpus.sources=[{{"path": "{source}"}}]',
+            ],
+            env=os.environ | variables,
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+    assert gated.returncode == 2 and gated.stderr.count("\n") == 1
+    assert "to which there is no access" in gated.stderr and "HF_TOKEN" in gated.stderr
     names = [uri.rpartition("/")[2] for uri, _, _ in found["files"]]
     assert names == ["1.jsonl", "2.parquet"]
     assert [stamp for _, _, stamp in found["files"]][0] == hashlib.sha1(LINES).hexdigest()

@@ -10,6 +10,7 @@ earlier study or run made is used, and the same command goes on where it was kil
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def run(study: Study) -> int:
     store = Store.at(recipe.store)
     for arm in study.arms:
         full = size(check(arm.recipe, store.root))
-    planned = trainings.plan(study, *locate(recipe, store.root / "digests"))
+    model, sources = locate(recipe, store.root / "digests")
+    recipe = replace(recipe, model=model.uri)  # of the hub, the commit
+    planned = trainings.plan(study, model, sources)
     methods = sorted({arm.recipe.prune.method for arm in study.arms if not arm.full})
     tags = {"study": study.name, "variant": ",".join(methods), "stage": "study"}
     with session(recipe, store, f"study-{study.name}-{recipe.name}", tags) as here:

@@ -84,6 +84,7 @@ def run(plan: Plan) -> int:
     if try_lock(mine / "lock") is None:
         refuse("sweep", f"{plan.key}, which another process runs", "one process at a time")
     model, sources = locate(recipe, store.root / "digests")
+    recipe = dataclasses.replace(recipe, model=model.uri)  # of the hub, the commit
     variants = [each.prune.method for each in plan.space.recipes()]
     tags = {"sweep": plan.key, "stage": "sweep", "variant": ", ".join(sorted(set(variants)))}
 
@@ -95,11 +96,13 @@ def run(plan: Plan) -> int:
         say(f"LoRAM sweep {plan.key}: store {store.root}")
         start_ray()
         check_room(recipe.place, say)
-        concurrent = plan.concurrent or max(1, recipe.place.fits(nodes()))
         prepared = [_shared(build(r, model, sources)) for r in plan.space.recipes()]
         shared = [step for steps in prepared for step in steps]
         on = here.noted(zip(plan.space.recipes(), variants, prepared, strict=True))
         execute(shared, store, ray_launch, recipe.place, on)
+        # Now, for what is shared may have made a cluster grow.
+        concurrent = plan.concurrent or max(1, recipe.place.fits(nodes()))
+        say(f"trials at a time: {concurrent}")
         outcomes: list[Outcome] = []
         groups = zip(plan.space.combinations(), plan.space.recipes(), strict=True)
         for number, (group, example) in enumerate(groups):
