@@ -28,6 +28,9 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+UPLOAD_S = "120"  # a server answers once it has passed an artifact on
+TRIES = 3  # of an artifact, before what waits behind it goes on
 USELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # to send again
 
 
@@ -52,7 +55,9 @@ class Runs:
         with self._alone():
             self.client = MlflowClient(tracking_uri=uri)  # creates a SQLite store's tables
         # runs: those still open, by the step's key: id, curve, since, sent (the last step by name)
-        self.state: dict[str, Any] = {"start": 0, "experiment": "", "runs": {}} | journal.state()
+        # failures: how often the next message, an artifact, was not taken
+        state = {"start": 0, "experiment": "", "runs": {}, "failures": 0}
+        self.state: dict[str, Any] = state | journal.state()
         self.begin: dict[str, Any] = next(journal.read(0))[0]
         self.stamps: dict[str, tuple[int, int]] = {}
 
@@ -196,7 +201,19 @@ class Runs:
         if not path.exists():
             return say(f"{path} is gone and is no artifact")
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        self._call(log, self.state["runs"][PIPELINE]["id"], str(path), folder or None)
+        quick, os.environ[TIMEOUT] = os.environ[TIMEOUT], UPLOAD_S
+        try:
+            self._call(log, self.state["runs"][PIPELINE]["id"], str(path), folder or None)
+        except Exception as error:  # of HTTP, of a client that is not installed, of a disk
+            self.state["failures"] += 1
+            self.journal.save(self.state)
+            away = self.uri.startswith("http") and trouble(self.uri)
+            if away or self.state["failures"] < TRIES:
+                raise
+            say(f"{path} is not taken by the store and is no artifact: {line(error)}")
+        finally:
+            os.environ[TIMEOUT] = quick
+        self.state["failures"] = 0
 
     def _call(self, call: Callable[..., Any], *args: Any, **named: Any) -> None:
         """Call, but let what the store will never take go by, so that the rest can follow."""

@@ -112,6 +112,20 @@ def test_a_pipeline_and_the_steps_that_ran(
     assert first.data.params["sft.data"] == "hf://***@host/data?token=***&rows=3"
 
 
+def test_an_artifact_that_is_not_taken_does_not_keep_the_rest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "artifacts").write_text("a file where the store's directory is to be")
+    with Tracking(local(tmp_path), tmp_path, params={}, tags={}, name="kept") as tracking:
+        tracking.artifact(tmp_path / "recipe.json")
+        tracking.scores({"share": 0.9})
+    run = found(tmp_path)["kept"]
+    assert run.info.status == "FINISHED" and run.data.metrics == {"share": 0.9}
+    assert "recipe.json is not taken by the store and is no artifact: " in capfd.readouterr().err
+    assert not list((tmp_path / "unsent").iterdir())
+
+
 def test_failure_and_ctrl_c_close_all_runs(root: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     with (
