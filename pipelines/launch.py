@@ -17,6 +17,7 @@ from pipelines.place import Place, forget_peak
 from pipelines.step import Metrics, Step
 
 ROOT = Path(__file__).parents[1]
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in what `ray job submit` runs
 # Ray's own setting is to start a task for ever that is killed for its memory.
 ENV = {"RAY_task_oom_retries": "1"}
 # No one takes this machine away; a watcher for that is one more process a training.
@@ -26,8 +27,8 @@ EMBEDDED = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 def start_ray() -> None:
     """Join the cluster of $RAY_ADDRESS, which a submitted job has; without one, start Ray here.
 
-    The embedded Ray ends with this process, a killed one included. Its tasks can import loram and
-    pipelines whether or not these are installed and wherever the program was started.
+    The embedded Ray ends with this process, a killed one included. Tasks run this code, whether or
+    not it, or another state of it, is installed, and wherever the program was started.
 
     What Ray Train runs to give back the CPUs of a training that was killed asks Ray's dashboard,
     and has to be told which Ray, for a machine may run several.
@@ -38,8 +39,11 @@ def start_ray() -> None:
     os.environ |= ENV
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address := os.environ.get("RAY_ADDRESS"):
+        told: dict[str, Any] = {"env_vars": ENV | {"RAY_ADDRESS": address}}
+        if JOB not in os.environ:  # a submitted job has brought this code along
+            told["py_modules"] = [str(ROOT / name) for name in ("loram", "pipelines", "tune")]
         try:
-            ray.init(**quiet, runtime_env={"env_vars": ENV | {"RAY_ADDRESS": address}})
+            ray.init(**quiet, runtime_env=told)
         except ConnectionError:
             refuse("RAY_ADDRESS", f"{address}, where no Ray answers", "that of a running cluster")
         return
@@ -48,12 +52,12 @@ def start_ray() -> None:
         port = free.getsockname()[1]
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    told = {"PYTHONPATH": path, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    own = {"PYTHONPATH": path, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
     ray.init(
         address="local",
         include_dashboard=True,
         dashboard_host="127.0.0.1",
-        runtime_env={"env_vars": ENV | EMBEDDED | told},
+        runtime_env={"env_vars": ENV | EMBEDDED | own},
         **quiet,
     )
 

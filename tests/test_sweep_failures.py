@@ -130,7 +130,6 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     port, dashboard, client, agent = free_ports(4)
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "LORAM_HOME": str(root),
-        "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
@@ -153,6 +152,32 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
         shutil.rmtree(short, ignore_errors=True)
+
+
+ASK = """
+import ray
+from pipelines.launch import start_ray
+start_ray()
+def where():
+    from pipelines import lock
+    return getattr(lock, "MARK", "")
+print(ray.get(ray.remote(num_cpus=0)(where).remote()))
+"""
+
+
+def test_tasks_run_the_code_of_the_driver(cluster, tmp_path):
+    """Not that which is installed on the nodes."""
+    for name in ("loram", "pipelines"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "tune").mkdir()
+    with (tmp_path / "pipelines" / "lock.py").open("a") as file:
+        file.write('\nMARK = "of the driver"\n')
+    env = cluster.env | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], env=env, cwd="/", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "of the driver"
 
 
 @pytest.fixture(scope="module")
