@@ -212,5 +212,7 @@ def open_adapted(
     adapted = attach(model, settings, masks=adapter)
     set_peft_model_state_dict(adapted, load_file(Path(adapter) / WEIGHTS))
     if waits:
-        dispatch_model(adapted, plan, offload_buffers=True)
+        # It multiplies its factors instead of calling them, which would fetch each by itself.
+        fetched = [MaskedLora.__name__]
+        dispatch_model(adapted, plan, offload_buffers=True, preload_module_classes=fetched)
     return adapted.eval()

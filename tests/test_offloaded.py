@@ -74,7 +74,12 @@ def test_an_adapter_on_layers_that_wait_outside(masked, packed, tmp_path, monkey
         model.hf_device_map = dict.fromkeys([f"model.{n}" for n in names] + ["lm_head"], "cpu")
         return model
 
+    def hooked(model, plan, **options):  # where there is no GPU accelerate would not
+        for layer in model.get_base_model().model.layers[1:]:
+            cpu_offload(layer, torch.device("cpu"), **options)
+
     monkeypatch.setattr("loram.adapter.load", waiting)
+    monkeypatch.setattr("loram.adapter.dispatch_model", hooked)
     reopened = open_adapted(tmp_path / "pruned", tmp_path / "adapter", device="auto")
     here, there = (perplexity(m, batches(packed, range(8), 4)) for m in (adapted, reopened))
     assert here == there
