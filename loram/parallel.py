@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -47,9 +48,11 @@ def shard(module: CausalLoss, device: torch.device) -> nn.Module:
         refuse("sharding (FSDP2)", "a 4-bit model", "a model in bf16; 4-bit models train with DDP")
     mesh = dist.init_device_mesh(device.type, (world()[1],))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for part in [*base.model.layers, module]:
-        fully_shard(masters_(part), mesh=mesh, mp_policy=policy)
-    return module
+    for layer in base.model.layers:
+        fully_shard(masters_(layer), mesh=mesh, mp_policy=policy)
+    # Distillation's targets are inputs, too.
+    as_given = replace(policy, cast_forward_inputs=False)
+    return fully_shard(masters_(module), mesh=mesh, mp_policy=as_given)
 
 
 def masters_(module: nn.Module) -> nn.Module:

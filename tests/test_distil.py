@@ -1,7 +1,12 @@
 """Distilled alignment: the large model's targets, the loss on them, and what is trained."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import loram.layers
 from loram.compensate import CompensateConfig, compensate
@@ -15,6 +20,7 @@ from loram.distil import (
 )
 from loram.loss import to_device
 from loram.model import load, save
+from loram.parallel import shard
 from loram.prune import PruneConfig, choose, prune
 from loram.taylor import random_scores
 from loram.train import TrainConfig, train, train_all_
@@ -158,3 +164,43 @@ def test_a_crash_half_way_goes_on_at_the_part(tmp_path, monkeypatch):
     for file in (tmp_path / "once").rglob("*.safetensors"):
         again = tmp_path / "out" / file.relative_to(tmp_path / "once")
         assert file.read_bytes() == again.read_bytes()
+
+
+TRAIN = TrainConfig(3, 1e-3, 8, warmup_steps=1)
+
+
+def one_of_two(rank: int, root: Path) -> None:
+    """What each of two processes does."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(root / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    module = shard(DistilLoss(train_all_(load(root / "small")), CONFIG), CPU)
+    given = []
+    module.register_forward_pre_hook(
+        lambda module, args, named: given.append(named), with_kwargs=True
+    )
+    targets, batch = Targets(root / "out"), numbered(5)[rank]
+    mine = [batch | targets.fetch(batch["row"])] * 3
+    losses = [log.loss for log in train(module, mine, TRAIN)]
+    assert given[0]["target_log_probs"].dtype == torch.float32
+    (root / f"losses-{rank}").write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+def test_two_processes_distil_as_one_does(tmp_path):
+    """Towards targets as they are: FSDP2 would round them."""
+    model = tiny_model("llama")
+    save(model, tmp_path / "base")
+    kept = choose(random_scores(model.config, 3), model.config, CUT)
+    prune(tmp_path / "base", tmp_path / "small", kept)
+    (tmp_path / "out").mkdir()
+    write_targets(tmp_path / "base", tmp_path / "out", numbered(5), CONFIG, work=tmp_path / "work")
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    module = DistilLoss(train_all_(load(tmp_path / "small")), CONFIG)
+    targets = Targets(tmp_path / "out")
+    given = [b | targets.fetch(b["row"]) for b in numbered(5)] * 3
+    alone = [log.loss for log in train(module, given, TRAIN)]
+    for rank in (0, 1):
+        together = json.loads((tmp_path / f"losses-{rank}").read_text())
+        assert together == pytest.approx(alone, rel=2e-3)
