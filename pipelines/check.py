@@ -31,9 +31,7 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    needed = disk.model_bytes(recipe, config) + disk.distil_bytes(recipe, config)
-    needed += max(disk.compensate_bytes(recipe, config), disk.offsets_bytes(recipe, config))
-    check_store(store, needed)
+    check_store(store, disk.run_bytes(recipe, config))
     tokenizer = check_model(recipe.model)
     for setting, sources, data in (
         ("corpus.sources", recipe.corpus.sources, recipe.corpus),

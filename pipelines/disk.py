@@ -11,6 +11,13 @@ from pipelines.recipe import Recipe
 CHECKPOINTS = 3  # the best, the latest and, while it is written, the next
 
 
+def run_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """All that a run leaves in its store, and what it takes there meanwhile, at most."""
+    needed = max(model_bytes(recipe, config), calibration_bytes(recipe, config))
+    needed += distil_bytes(recipe, config)
+    return needed + max(compensate_bytes(recipe, config), offsets_bytes(recipe, config))
+
+
 def model_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     """Copies of the model at most: pruned, with stand-ins, aligned, compressed or in NF4; while it
     is aligned, checkpoints of what is trained and of two moments, in float32; QLoRA's."""
@@ -19,6 +26,14 @@ def model_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     if recipe.align.steps:
         copies += CHECKPOINTS * 12 * (aligned.total - aligned.frozen_in_alignment)
     return copies + ("qlora" in recipe.compare) * plan.size(config).nf4_bytes
+
+
+def calibration_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """What waits while the model is scored, which is before there are copies: the inputs of all
+    layers and the gradients at one's input and output; of SparseGPT the inputs of two."""
+    waiting = {"stru": config.num_hidden_layers + 3, "rand": 0}.get(recipe.prune.method, 2)
+    positions = recipe.calibration_rows * recipe.align.seq_len
+    return 4 * config.hidden_size * positions * waiting
 
 
 def distil_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:

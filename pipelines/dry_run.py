@@ -93,6 +93,7 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> Table:
     if recipe.offset.every:
         kept = disk.offsets_bytes(recipe, config)
         table.add_row("offsets, bytes on disk at most, while they are found", f"{kept:,}", "")
+    table.add_row("the store, bytes on disk at most", f"{disk.run_bytes(recipe, config):,}", "")
     table.add_row("LoRA on the pruned model", f"{lora:,}", "")
     table.add_row(
         "pruned, bytes in bf16 / in NF4", f"{small.bf16_bytes:,} / {small.nf4_bytes:,}", ""

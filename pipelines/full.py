@@ -26,7 +26,7 @@ from pipelines.check import check  # noqa: E402
 from pipelines.dry_run import dry_run  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
-from pipelines.launch import check_room, ray_launch, start_ray  # noqa: E402
+from pipelines.launch import check_room, check_shared, ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.recipe import Recipe, flat  # noqa: E402
 from pipelines.recipes import resolve  # noqa: E402
@@ -84,6 +84,7 @@ def run(recipe: Recipe, store: Store) -> int:
         here.say(f"LoRAM {recipe.name}: store {store.root}")
         start_ray()
         check_room(recipe.place, here.say)
+        check_shared(recipe, store.root)
         execute(targets, store, ray_launch, recipe.place, here.on)
         rows = results.rows(graph, store, size(config))
         out = here.report()

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from loram.errors import UserError, refuse
 from pipelines.execute import run
+from pipelines.locate import all_sources
 from pipelines.place import Place, forget_peak
+from pipelines.recipe import Recipe
 from pipelines.step import Metrics, Step
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +86,34 @@ def check_room(place: Place, say: Callable[[str], None]) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         refuse("place", asked, f"what this machine gives to Ray: {there}")
     say(f"waiting for room: {asked}; the nodes have {there}")
+
+
+def check_shared(recipe: Recipe, store: Path) -> None:
+    """Every node that a cluster has now sees the store, and local models and data where they are.
+
+    Raises:
+        UserError: one does not; names it and the path.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return
+    probe = str(store / f".probe-{uuid.uuid4().hex}")
+    named = [recipe.model, *(spec.path for spec in all_sources(recipe))]
+    paths = [probe, *filter(os.path.exists, named)]
+    Path(probe).touch()
+    try:
+        for node in filter(lambda node: node["Alive"], ray.nodes()):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            look = ray.remote(num_cpus=0)(_absent).options(scheduling_strategy=there)
+            for path in ray.get(look.remote(paths)):
+                setting, shown = ("store", store) if path == probe else ("file", path)
+                found = f"{shown}, which node {node['NodeManagerAddress']} does not see"
+                refuse(setting, found, "what all nodes share")
+    finally:
+        os.unlink(probe)
+
+
+def _absent(paths: list[str]) -> list[str]:
+    return [path for path in paths if not os.path.exists(path)]
 
 
 def ray_launch(

@@ -8,7 +8,14 @@ from loram.offsets import offset_bytes, working_bytes
 from loram.plan import aligned_config, size
 from loram.pruned import meta_model
 from loram.train import train_all_
-from pipelines.disk import compensate_bytes, model_bytes, offset_positions, offsets_bytes
+from pipelines.disk import (
+    calibration_bytes,
+    compensate_bytes,
+    model_bytes,
+    offset_positions,
+    offsets_bytes,
+    run_bytes,
+)
 from pipelines.recipes import resolve
 
 
@@ -37,6 +44,15 @@ def test_checkpoints_of_all_that_is_aligned(method):
     assert without == 4 * 2 * sum(w.numel() for w in small.parameters())
     qlora = resolve("test", [*words, "align.steps=0", 'compare=["lora", "qlora"]'])
     assert model_bytes(qlora, config) - without == size(config).nf4_bytes
+
+
+def test_what_waits_while_the_model_is_scored_counts_where_it_is_more():
+    words = ["align.seq_len=512", "calibration_rows=100000", "align.steps=0"]
+    recipe = resolve("test", words)
+    config = read_config(recipe.model)
+    assert calibration_bytes(recipe, config) == 100_000 * 512 * 4 * 64 * 7
+    assert run_bytes(recipe, config) == calibration_bytes(recipe, config)
+    assert calibration_bytes(resolve("test", [*words, "prune.method=rand"]), config) == 0
 
 
 def test_compensation_over_the_longest_rows():

@@ -180,6 +180,42 @@ def test_tasks_run_the_code_of_the_driver(cluster, tmp_path):
     assert done.stdout.splitlines()[-1] == "of the driver"
 
 
+SEEN = """
+import sys
+from pathlib import Path
+from loram.errors import UserError
+from pipelines import launch
+from pipelines.recipes import resolve
+launch.start_ray()
+store = Path(sys.argv[1])
+launch.check_shared(resolve("test", []), store)
+launch._absent = lambda paths: [path for path in paths if path.startswith(sys.argv[1])]
+try:
+    launch.check_shared(resolve("test", []), store)
+except UserError as error:
+    print(error)
+print(list(store.iterdir()))
+"""
+
+
+def test_a_node_that_does_not_see_the_store(cluster, tmp_path):
+    """One node is all nodes here: that it does not is made up."""
+    done = subprocess.run(
+        [sys.executable, "-c", SEEN, str(tmp_path)],
+        env=cluster.env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused, left = done.stdout.splitlines()[-2:]
+    assert refused == (
+        f"store: found {tmp_path}, which node 127.0.0.1 does not see; "
+        "accepted: what all nodes share"
+    )
+    assert left == "[]"
+
+
 @pytest.fixture(scope="module")
 def failed(cluster) -> list[dict[str, Any]]:
     """The trials of a sweep of which one fails; of the other the training's worker is killed."""

@@ -23,7 +23,7 @@ from loram.plan import size  # noqa: E402
 from loram.prune import METHODS  # noqa: E402
 from pipelines.check import check  # noqa: E402
 from pipelines.execute import Event, StepFailed, execute  # noqa: E402
-from pipelines.launch import check_room, start_ray  # noqa: E402
+from pipelines.launch import check_room, check_shared, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.recipe import flat  # noqa: E402
 from pipelines.session import Session, session  # noqa: E402
@@ -73,6 +73,7 @@ def run(study: Study) -> int:
         here.say(f"LoRAM study {study.name}: store {store.root}")
         start_ray()
         check_room(recipe.place, here.say)
+        check_shared(recipe, store.root)
         lost = _train(study, planned, here)
         best = trainings.own_best(study, planned, lost, store)
         chosen = [t for t in planned if t.lr in (recipe.sft.lr, best[t.arm])]

@@ -26,7 +26,7 @@ from pipelines.check import check  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.journal import redact  # noqa: E402
-from pipelines.launch import check_room, nodes, ray_launch, start_ray  # noqa: E402
+from pipelines.launch import check_room, check_shared, nodes, ray_launch, start_ray  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.lock import try_lock  # noqa: E402
 from pipelines.recipe import Recipe  # noqa: E402
@@ -96,6 +96,7 @@ def run(plan: Plan) -> int:
         say(f"LoRAM sweep {plan.key}: store {store.root}")
         start_ray()
         check_room(recipe.place, say)
+        check_shared(recipe, store.root)
         prepared = [_shared(build(r, model, sources)) for r in plan.space.recipes()]
         shared = [step for steps in prepared for step in steps]
         on = here.noted(zip(plan.space.recipes(), variants, prepared, strict=True))
