@@ -23,10 +23,11 @@ from loram.errors import UserError  # noqa: E402
 from loram.plan import size  # noqa: E402
 from pipelines import report, results  # noqa: E402
 from pipelines.check import check  # noqa: E402
+from pipelines.cluster import check_room, check_shared, start_ray  # noqa: E402
 from pipelines.dry_run import dry_run  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
-from pipelines.launch import check_room, check_shared, ray_launch, start_ray  # noqa: E402
+from pipelines.launch import ray_launch  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.recipe import Recipe, flat  # noqa: E402
 from pipelines.recipes import resolve  # noqa: E402

@@ -23,8 +23,8 @@ from loram.model import load, save
 from loram.offsets import OffsetLoss, Offsets, write_offsets
 from loram.packing import Packed, batches, order
 from loram.train import TrainConfig
+from pipelines.cluster import start_ray
 from pipelines.fit import fit, latest_checkpoint
-from pipelines.launch import start_ray
 from pipelines.place import Place
 from pipelines.stream import stream
 from pipelines.worker import RUN

@@ -12,8 +12,9 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from loram.errors import UserError
+from pipelines.cluster import check_room, start_ray
 from pipelines.execute import _explain
-from pipelines.launch import _bare, check_room, ray_launch, start_ray
+from pipelines.launch import _bare, ray_launch
 from pipelines.place import Place
 from pipelines.step import Step
 from pipelines.steps import Empty

@@ -29,7 +29,7 @@ from loram.adapter import AdapterConfig
 from loram.errors import UserError
 from loram.train import TrainConfig
 from pipelines.fit import fit
-from pipelines.launch import start_ray
+from pipelines.cluster import start_ray
 from pipelines.place import Place
 
 stage, workers, data, name, lr = sys.argv[1:]

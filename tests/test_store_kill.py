@@ -17,8 +17,9 @@ import pytest
 import ray
 
 from loram.errors import UserError, refuse
+from pipelines.cluster import start_ray
 from pipelines.execute import Event, StepFailed, execute
-from pipelines.launch import ray_launch, start_ray
+from pipelines.launch import ray_launch
 from pipelines.step import Metrics, Step
 from pipelines.store import Store
 

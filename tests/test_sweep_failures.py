@@ -156,7 +156,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 ASK = """
 import ray
-from pipelines.launch import start_ray
+from pipelines.cluster import start_ray
 start_ray()
 def where():
     from pipelines import lock
@@ -184,14 +184,14 @@ SEEN = """
 import sys
 from pathlib import Path
 from loram.errors import UserError
-from pipelines import launch
+from pipelines import cluster
 from pipelines.recipes import resolve
-launch.start_ray()
+cluster.start_ray()
 store = Path(sys.argv[1])
-launch.check_shared(resolve("test", []), store)
-launch._absent = lambda paths: [path for path in paths if path.startswith(sys.argv[1])]
+cluster.check_shared(resolve("test", []), store)
+cluster._absent = lambda paths: [path for path in paths if path.startswith(sys.argv[1])]
 try:
-    launch.check_shared(resolve("test", []), store)
+    cluster.check_shared(resolve("test", []), store)
 except UserError as error:
     print(error)
 print(list(store.iterdir()))

@@ -26,7 +26,8 @@ from pipelines.check import check  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.journal import redact  # noqa: E402
-from pipelines.launch import check_room, check_shared, nodes, ray_launch, start_ray  # noqa: E402
+from pipelines.cluster import check_room, check_shared, nodes, start_ray  # noqa: E402
+from pipelines.launch import ray_launch  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.lock import try_lock  # noqa: E402
 from pipelines.recipe import Recipe  # noqa: E402

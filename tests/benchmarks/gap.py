@@ -22,9 +22,10 @@ from loram.model import read_config
 from loram.plan import size
 from pipelines import results
 from pipelines.assets import home
+from pipelines.cluster import start_ray
 from pipelines.execute import execute
 from pipelines.graph import build
-from pipelines.launch import ray_launch, start_ray
+from pipelines.launch import ray_launch
 from pipelines.locate import locate
 from pipelines.recipes import asset, resolve
 from pipelines.step import topological_order

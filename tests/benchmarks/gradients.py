@@ -20,9 +20,10 @@ from loram.model import load
 from loram.offsets import OffsetLoss, Offsets, write_offsets
 from loram.packing import Packed, batches
 from pipelines.assets import home
+from pipelines.cluster import start_ray
 from pipelines.execute import execute
 from pipelines.graph import build
-from pipelines.launch import ray_launch, start_ray
+from pipelines.launch import ray_launch
 from pipelines.locate import locate
 from pipelines.recipes import resolve
 from pipelines.step import topological_order
