@@ -20,7 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.test_jobs import free_ports
+from tests.clusters import free_ports
 from tests.test_tracking_kill import server
 from tune.follow import shown
 

@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.assets import home
-from tests.test_jobs import RAY, free_ports
+from tests.clusters import head, until
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -108,14 +105,6 @@ if free != every:
 """
 
 
-def until(true: Callable[[], Any], limit_s: float = 500) -> Any:
-    end = time.monotonic() + limit_s
-    while not (value := true()):
-        assert time.monotonic() < end, "never came true"
-        time.sleep(0.2)
-    return value
-
-
 def clean(cluster: Cluster, limit_s: float) -> None:
     """Wait until all resources are back and no run is open."""
     end = time.monotonic() + limit_s
@@ -126,94 +115,8 @@ def clean(cluster: Cluster, limit_s: float) -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     root, short = tmp_path_factory.mktemp("failures"), Path("/tmp") / f"lf{os.getpid()}"
-    (root / "assets").symlink_to(home() / "assets")
-    port, dashboard, client, agent = free_ports(4)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "LORAM_HOME": str(root),
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    head = subprocess.Popen(
-        [*RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
-        + [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
-        + ["--num-cpus=2", f"--temp-dir={short}", "--node-ip-address=127.0.0.1"],
-        env=env,
-        stdout=(root / "head.log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 60)
-        yield Cluster(root, env | {"RAY_ADDRESS": f"127.0.0.1:{port}"})
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-        shutil.rmtree(short, ignore_errors=True)
-
-
-ASK = """
-import ray
-from pipelines.cluster import start_ray
-start_ray()
-def where():
-    from pipelines import lock
-    return getattr(lock, "MARK", "")
-print(ray.get(ray.remote(num_cpus=0)(where).remote()))
-"""
-
-
-def test_tasks_run_the_code_of_the_driver(cluster, tmp_path):
-    """Not that which is installed on the nodes."""
-    for name in ("loram", "pipelines"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    (tmp_path / "tune").mkdir()
-    with (tmp_path / "pipelines" / "lock.py").open("a") as file:
-        file.write('\nMARK = "of the driver"\n')
-    env = cluster.env | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK], env=env, cwd="/", capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "of the driver"
-
-
-SEEN = """
-import sys
-from pathlib import Path
-from loram.errors import UserError
-from pipelines import cluster
-from pipelines.recipes import resolve
-cluster.start_ray()
-store = Path(sys.argv[1])
-cluster.check_shared(resolve("test", []), store)
-cluster._absent = lambda paths: [path for path in paths if path.startswith(sys.argv[1])]
-try:
-    cluster.check_shared(resolve("test", []), store)
-except UserError as error:
-    print(error)
-print(list(store.iterdir()))
-"""
-
-
-def test_a_node_that_does_not_see_the_store(cluster, tmp_path):
-    """One node is all nodes here: that it does not is made up."""
-    done = subprocess.run(
-        [sys.executable, "-c", SEEN, str(tmp_path)],
-        env=cluster.env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    refused, left = done.stdout.splitlines()[-2:]
-    assert refused == (
-        f"store: found {tmp_path}, which node 127.0.0.1 does not see; "
-        "accepted: what all nodes share"
-    )
-    assert left == "[]"
+    with head(root, short, RAY_AUTH_MODE="disabled") as (address, _, env):
+        yield Cluster(root, env | {"RAY_ADDRESS": address})
 
 
 @pytest.fixture(scope="module")
