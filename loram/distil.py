@@ -69,19 +69,31 @@ def write_targets(
         for part in in_parts(batches, layers.config.hidden_size):
             if has_rows(done / "top", part):
                 continue
-            for i, stream in walk(layers, [batches[n] for n in part]):
-                if i in chosen:
-                    for n, hidden in zip(part, stream, strict=True):
-                        write_rows(done / f"hidden-{i}", n, to_float8(hidden))
-            norm, head = layers.head()
-            for n, hidden in zip(part, stream, strict=True):
-                top = top_tokens(head, norm(hidden.to(layers.device)), config.top)
-                write_rows(done / "top", n, top)
+            _write_part(layers, batches, part, chosen, config.top, done)
     write_info(done, batches, chosen)
     shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
     Spool(done).clear()
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
+
+
+def _write_part(
+    layers: Layers,
+    batches: Sequence[Batch],
+    part: range,
+    chosen: list[int],
+    top: int,
+    done: Path,
+) -> None:
+    """The targets of some batches, those of the last layer at the end."""
+    for i, stream in walk(layers, [batches[n] for n in part]):
+        if i in chosen:
+            for n, hidden in zip(part, stream, strict=True):
+                write_rows(done / f"hidden-{i}", n, to_float8(hidden))
+    norm, head = layers.head()
+    for n, hidden in zip(part, stream, strict=True):
+        likeliest = top_tokens(head, norm(hidden.to(layers.device)), top)
+        write_rows(done / "top", n, likeliest)
 
 
 def hidden_layers(count: int, config: DistilConfig) -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub import (
     HfApi,
@@ -11,11 +11,12 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
@@ -69,7 +70,7 @@ def commit(path: str, setting: str = "model") -> str:
         return str(about.sha)
     if cached := _cached(*split(path), "config.json"):
         return cached.parent.name
-    refuse(setting, f"{path}, which the cache has not (HF_HUB_OFFLINE is set)", "one that it has")
+    _refuse(path, setting, OfflineModeIsEnabled())
 
 
 def config_dict(path: str, setting: str = "model") -> dict[str, Any]:
@@ -80,13 +81,15 @@ def config_dict(path: str, setting: str = "model") -> dict[str, Any]:
     """
     name, revision = split(path)
     if not _cached(name, revision, "config.json"):
-        commit(path, setting)  # a download of what is out of reach would retry for half a minute
+        _about(path, setting)  # a download of what is out of reach would retry for half a minute
     try:
         return json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text())
-    except GatedRepoError:
-        refuse(setting, f"{name}, which is gated", "a model that HF_TOKEN gives access to")
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         refuse(setting, f"{path} without config.json", "a model")
+    except ValueError as error:
+        refuse(setting, f"{path}, config.json that is not JSON ({error})", "a model's config.json")
+    except Exception as error:
+        _refuse(path, setting, error)
 
 
 def _about(path: str, setting: str) -> ModelInfo | None:
@@ -95,10 +98,20 @@ def _about(path: str, setting: str) -> ModelInfo | None:
         return HfApi().model_info(name, revision=revision, files_metadata=True, timeout=5)
     except OfflineModeIsEnabled:
         return None
-    except RevisionNotFoundError:
+    except Exception as error:
+        _refuse(path, setting, error)
+
+
+def _refuse(path: str, setting: str, error: Exception) -> NoReturn:
+    """For what the hub's client raised, often what its HTTP library of the day raises."""
+    name, revision = split(path)
+    if isinstance(error, GatedRepoError):
+        refuse(setting, f"{name}, which is gated", "a model that HF_TOKEN gives access to")
+    if isinstance(error, RevisionNotFoundError):
         refuse(setting, f"{name} without revision {revision!r}", "a branch, tag or commit of it")
-    except Exception:  # the hub client raises what its HTTP library of the day raises
-        refuse(setting, f"{path}, neither a directory nor a hub id within reach", "a model")
+    if HF_HUB_OFFLINE:
+        refuse(setting, f"{path}, which the cache has not (HF_HUB_OFFLINE)", "one that it has")
+    refuse(setting, f"{path}, neither a directory nor a hub id within reach", "a model")
 
 
 def _cached(name: str, revision: str | None, file: str) -> Path | None:

@@ -15,6 +15,7 @@ the large one.
 A stand-in (`loram.compensate`) comes near for any row; offsets are of these rows alone.
 """
 
+import gc
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -125,11 +126,12 @@ def write_offsets(
         trained = _trained(small, adapters, dtype=dtype, device=device)
         for n, found in zip(part, _missing(trained, mine, chosen, large, mixed), strict=True):
             write_rows(done / "offsets", n, found)
-        del trained  # it is not to be in memory with a layer of the large one
+        large.clear()
+        del trained  # not to be in memory with a layer of the large one: in NF4 it is a cycle
+        gc.collect()
     write_info(done, batches, chosen)
     shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
-    for name in ("large", "done"):
-        Spool(work / name).clear()
+    Spool(done).clear()
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 

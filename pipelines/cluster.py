@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from loram.errors import refuse
@@ -18,6 +19,7 @@ from pipelines.place import Place
 from pipelines.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
+LOOK_S = 60  # for all nodes' answers to what they see; a node that hangs holds up no run
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in what `ray job submit` runs
 # Ray's own setting is to start a task for ever that is killed for its memory.
 ENV = {"RAY_task_oom_retries": "1"}
@@ -86,7 +88,8 @@ def check_room(place: Place, say: Callable[[str], None]) -> None:
 
 
 def check_shared(recipe: Recipe, store: Path) -> None:
-    """Every node that a cluster has now sees the store, and local models and data where they are.
+    """Every node that a cluster has now sees the store, and local models and data where they are;
+    those that join it later are not asked.
 
     Raises:
         UserError: one does not; names it and the path.
@@ -97,13 +100,22 @@ def check_shared(recipe: Recipe, store: Path) -> None:
     named = [recipe.model, *(spec.path for spec in all_sources(recipe))]
     paths = [probe, *filter(os.path.exists, named)]
     Path(probe).touch()
-    try:
-        for node in filter(lambda node: node["Alive"], ray.nodes()):
+    looks = {}
+    for node in ray.nodes():
+        if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            look = ray.remote(num_cpus=0)(_absent).options(scheduling_strategy=there)
-            for path in ray.get(look.remote(paths)):
+            task = ray.remote(num_cpus=0)(_absent).options(scheduling_strategy=there)
+            looks[task.remote(paths)] = node["NodeManagerAddress"]
+    try:
+        answered, _ = ray.wait(list(looks), num_returns=len(looks), timeout=LOOK_S)
+        for look in answered:
+            try:
+                absent = ray.get(look)
+            except RayError:
+                continue  # the node has left since
+            for path in absent:
                 setting, shown = ("store", store) if path == probe else ("file", path)
-                found = f"{shown}, which node {node['NodeManagerAddress']} does not see"
+                found = f"{shown}, which node {looks[look]} does not see"
                 refuse(setting, found, "what all nodes share")
     finally:
         os.unlink(probe)

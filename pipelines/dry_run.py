@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from loram import plan
 from loram.errors import UserError
+from loram.hub import split
 from loram.model import read_config
 from loram.train import TrainConfig
 from pipelines import disk
@@ -52,7 +53,7 @@ def known_config(recipe: Recipe, error: UserError) -> PreTrainedConfig:
     try:
         return read_config(recipe.model)
     except UserError:
-        if recipe.name not in SHAPES or recipe.model != NAMED[recipe.name]().model:
+        if recipe.name not in SHAPES or split(recipe.model)[0] != NAMED[recipe.name]().model:
             raise error from None
         return SHAPES[recipe.name]
 

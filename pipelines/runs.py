@@ -30,7 +30,7 @@ SETTINGS = {
 }
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 UPLOAD_S = "120"  # a server answers once it has passed an artifact on
-TRIES = 3  # of an artifact, before what waits behind it goes on
+PERSIST_S = 30.0  # with an artifact, before what waits behind it goes on
 USELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # to send again
 
 
@@ -55,8 +55,8 @@ class Runs:
         with self._alone():
             self.client = MlflowClient(tracking_uri=uri)  # creates a SQLite store's tables
         # runs: those still open, by the step's key: id, curve, since, sent (the last step by name)
-        # failures: how often the next message, an artifact, was not taken
-        state = {"start": 0, "experiment": "", "runs": {}, "failures": 0}
+        # refused: since when the next message, an artifact, is not taken; 0 if it is none
+        state = {"start": 0, "experiment": "", "runs": {}, "refused": 0.0}
         self.state: dict[str, Any] = state | journal.state()
         self.begin: dict[str, Any] = next(journal.read(0))[0]
         self.stamps: dict[str, tuple[int, int]] = {}
@@ -205,15 +205,15 @@ class Runs:
         try:
             self._call(log, self.state["runs"][PIPELINE]["id"], str(path), folder or None)
         except Exception as error:  # of HTTP, of a client that is not installed, of a disk
-            self.state["failures"] += 1
+            self.state["refused"] = self.state["refused"] or time.time()
             self.journal.save(self.state)
             away = self.uri.startswith("http") and trouble(self.uri)
-            if away or self.state["failures"] < TRIES:
+            if away or time.time() - self.state["refused"] < PERSIST_S:
                 raise
             say(f"{path} is not taken by the store and is no artifact: {line(error)}")
         finally:
             os.environ[TIMEOUT] = quick
-        self.state["failures"] = 0
+        self.state["refused"] = 0.0
 
     def _call(self, call: Callable[..., Any], *args: Any, **named: Any) -> None:
         """Call, but let what the store will never take go by, so that the rest can follow."""

@@ -74,24 +74,17 @@ def list_files(path: str, setting: str = "source") -> list[File]:
     except Exception as error:  # each file system's client has its own
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         refuse(setting, f"{path}, which cannot be listed ({reason})", "a source within reach")
-    infos = [info for _, info in sorted(found.items()) if _is_file(info, setting)]
+    infos = [i for _, i in sorted(found.items()) if i["type"] == "file" or i.get("islink")]
     if not infos:
         refuse(setting, f"{path}, where no file is", "an existing file, directory or pattern")
-    known = [info for info in infos if info["name"].endswith(SUFFIXES)]
+    # Links count as what they lead to: the hub's cache consists of them. Editors' locks are links.
+    known = [i for i in infos if i["name"].endswith(SUFFIXES) and "/.#" not in i["name"]]
+    for link in (Path(info["name"]) for info in known if info.get("islink")):
+        if not link.is_file():
+            refuse(setting, f"{link}, a link to no file", "files, and links to files")
     if not known:
         refuse(setting, f"{path}, with no file of a known kind", KINDS)
     return [File(system.unstrip_protocol(i["name"]), int(i["size"]), _stamp(i)) for i in known]
-
-
-def _is_file(info: dict[str, Any], setting: str) -> bool:
-    """Links count as what they lead to: the hub's cache consists of them."""
-    if not info.get("islink"):
-        return bool(info["type"] == "file")
-    link = Path(info["name"])
-    if not link.is_file():
-        where = "a directory" if link.is_dir() else "nowhere"
-        refuse(setting, f"{link}, a link to {where}", "files, and links to files")
-    return True
 
 
 def choose_files(files: list[File], share: float, *salt: int) -> list[File]:

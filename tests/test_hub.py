@@ -105,6 +105,17 @@ def test_what_the_hub_cannot_give_is_refused_before_a_download(someone, tmp_path
         assert half.startswith("model: found /") and "without model.safetensors;" in half
         assert absent.startswith("model: found someone/else, which the cache has not")
         assert "a hub id within reach" in said("someone/tiny", HF_ENDPOINT="http://127.0.0.1:9")[0]
+        config = someone / NEW / "config.json"
+        whole = config.read_text()
+        config.write_text("{")
+        broken = said("someone/tiny", HF_HOME=str(tmp_path / "broken"))[0]
+        assert "config.json that is not JSON" in broken
+        config.write_text(whole)
+        (someone / "branch").mkdir()
+        shutil.copy(config, someone / "branch")
+        assert "without model.safetensors" in said("someone/tiny@branch")[0]  # now in the cache
+        shutil.rmtree(someone / "branch")
+        assert "without revision 'branch'" in said("someone/tiny@branch")[0]
         (someone / "gated").touch()
         fresh = {"HF_HOME": str(tmp_path / "fresh")}
         gated = said("someone/tiny", **fresh)[0]

@@ -1,8 +1,12 @@
 """Offsets: the small model, put where the large one is, and what trains there."""
 
+import weakref
+
 import pytest
 import torch
 
+import loram.layers
+import loram.offsets
 from loram.adapter import attach
 from loram.errors import UserError
 from loram.loss import CausalLoss
@@ -125,6 +129,28 @@ def test_what_trains_is_the_adapter_alone_and_checkpointing_changes_nothing(tmp_
         factors.append({name: w for name, w in after.items() if "lora_" in name})
     for name, factor in factors[0].items():
         assert torch.allclose(factor, factors[1][name], atol=1e-6)
+
+
+def test_a_small_model_is_gone_before_the_large_one_is_read_again(tmp_path, monkeypatch):
+    base, small = small_and_large("llama", tmp_path)
+    save(load(small, nf4=True), tmp_path / "trained")
+    trained, read, layer, made = [], [], loram.layers.Layers.layer, loram.offsets._trained
+
+    def small_one(*given, **options):
+        model = made(*given, **options)
+        trained.append(weakref.ref(model.model.layers[0].mlp.up_proj.weight))
+        return model
+
+    def large_layer(self, i):
+        read.append(i)
+        assert all(weight() is None for weight in trained)
+        return layer(self, i)
+
+    monkeypatch.setattr(loram.layers, "HELD", 1)
+    monkeypatch.setattr(loram.offsets, "_trained", small_one)
+    monkeypatch.setattr(loram.layers.Layers, "layer", large_layer)
+    written(tmp_path, base, tmp_path / "trained", 1)
+    assert read == [0, 1, 2, 3] * 2 and len(trained) == 2
 
 
 def test_without_layers_there_is_nothing_to_find(tmp_path):

@@ -45,6 +45,8 @@ def line(plan: Plan, outcome: Outcome) -> str:
     values: dict[str, Any] = dict(outcome.values)
     if outcome.recipe.sft.stop:
         values["sft.stop"] = outcome.recipe.sft.stop
+    if outcome.recipe.model != plan.space.recipe.model:  # of the hub, by its commit
+        values["model"] = outcome.recipe.model
     words = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return shlex.join([plan.recipe, *plan.plain, "compare=[]", *words])
 
