@@ -1,10 +1,12 @@
 """The table and the best of a sweep, from trials that were never run."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipelines.recipes import resolve
+from pipelines.recipes import read, resolve
 from tune import page
 from tune.plan import Plan
 from tune.rungs import stopped
@@ -51,3 +53,10 @@ def test_a_failed_trial_is_last_and_has_no_steps(plan, tmp_path: Path):
     page.write(tmp_path, plan, trials, {})
     assert (tmp_path / "report.html").exists() and (tmp_path / "large_loss-sft-lr.svg").exists()
     assert "sft.stop=2" in page.line(plan, trials[1]) and "stop" not in page.line(plan, trials[2])
+
+
+def test_the_line_of_the_best_names_the_commit_of_a_hub_model(plan):
+    best, model = outcome("b", 1.2), f"owner/name@{'1' * 40}"
+    assert "model" not in page.line(plan, best)
+    pinned = replace(best, recipe=replace(best.recipe, model=model))
+    assert read("test", shlex.split(page.line(plan, pinned))[1:]).model == model
