@@ -106,7 +106,7 @@ def check_trainable(
             found = f"a tokenizer with {token!r}, id {largest}, and {vocab_size} embeddings"
             refuse("model", found, "embeddings of all tokens that its chat template writes")
     # The first rows may by chance be worse than all.
-    if len(reasons) > 2 * max_bad_share * len(conversations):
+    if len(reasons) > min(2 * max_bad_share * len(conversations), len(conversations) - 1):
         found = f"{len(reasons)} of the first {len(conversations)} rows without a trained token"
         accepted = "answers that begin within seq_len tokens and suit the chat template in all but"
         refuse(

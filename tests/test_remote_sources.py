@@ -122,14 +122,9 @@ def test_hf(tmp_path):
         (root / "data" / "1.jsonl").write_bytes(LINES[:-1] + b" \n")
         changed = look()
         (root.parent / "gated").touch()
+        words = [f'corpus.sources=[{{"path": "{source}"}}]']
         gated = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pipelines.full",
-                "test",
-                f'corpus.sources=[{{"path": "{source}"}}]',
-            ],
+            [sys.executable, "-m", "pipelines.full", "test", *words],
             env=os.environ | variables,
             cwd=Path(__file__).parents[1],
             capture_output=True,

@@ -28,8 +28,8 @@ from pathlib import Path
 from loram.adapter import AdapterConfig
 from loram.errors import UserError
 from loram.train import TrainConfig
-from pipelines.fit import fit
 from pipelines.cluster import start_ray
+from pipelines.fit import fit
 from pipelines.place import Place
 
 stage, workers, data, name, lr = sys.argv[1:]

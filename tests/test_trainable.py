@@ -16,6 +16,8 @@ def test_no_trainable_token(smollm2):
     check_trainable([talk, *[short] * 49], "instruct.sources", tokenizer, 32, 49_152, 0.01)
     with pytest.raises(UserError, match="found 2 of the first 50 rows without a trained token"):
         check_trainable([talk, talk, *[short] * 48], "a", tokenizer, 32, 49_152, 0.01)
+    with pytest.raises(UserError, match="found 2 of the first 2 rows without a trained token"):
+        check_trainable([talk, talk], "a", tokenizer, 32, 49_152, 1.0)
 
 
 def test_a_token_without_an_embedding(smollm2):

@@ -22,8 +22,8 @@ from loram.errors import UserError  # noqa: E402
 from loram.plan import size  # noqa: E402
 from loram.prune import METHODS  # noqa: E402
 from pipelines.check import check  # noqa: E402
-from pipelines.execute import Event, StepFailed, execute  # noqa: E402
 from pipelines.cluster import check_room, check_shared, start_ray  # noqa: E402
+from pipelines.execute import Event, StepFailed, execute  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.recipe import flat  # noqa: E402
 from pipelines.session import Session, session  # noqa: E402

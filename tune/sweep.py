@@ -23,10 +23,10 @@ from loram.plan import Size, size  # noqa: E402
 from pipelines import results  # noqa: E402
 from pipelines.assets import home  # noqa: E402
 from pipelines.check import check  # noqa: E402
+from pipelines.cluster import check_room, check_shared, nodes, start_ray  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.journal import redact  # noqa: E402
-from pipelines.cluster import check_room, check_shared, nodes, start_ray  # noqa: E402
 from pipelines.launch import ray_launch  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.lock import try_lock  # noqa: E402
