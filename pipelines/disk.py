@@ -1,5 +1,6 @@
 """What a run takes on disk, told from its recipe alone."""
 
+import torch
 from transformers import PreTrainedConfig
 
 from loram import plan
@@ -12,9 +13,10 @@ CHECKPOINTS = 3  # the best, the latest and, while it is written, the next
 
 
 def run_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """All that a run leaves in its store, and what it takes there meanwhile, at most."""
+    """What a run leaves in its store, and takes there meanwhile, at most, but for its rows of data:
+    they are a few bytes a token."""
     needed = max(model_bytes(recipe, config), calibration_bytes(recipe, config))
-    needed += distil_bytes(recipe, config)
+    needed += sft_bytes(recipe, config) + distil_bytes(recipe, config)
     return needed + max(compensate_bytes(recipe, config), offsets_bytes(recipe, config))
 
 
@@ -22,10 +24,18 @@ def model_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     """Copies of the model at most: pruned, with stand-ins, aligned, compressed or in NF4; while it
     is aligned, checkpoints of what is trained and of two moments, in float32; QLoRA's."""
     aligned = plan.size(plan.aligned_config(config, recipe.prune, recipe.compensate.rank))
-    copies = 4 * aligned.bf16_bytes
+    stored = 4 if config.dtype == torch.float32 else 2  # as pruning and stand-ins keep it
+    copies = 2 * stored * aligned.total + 2 * aligned.bf16_bytes
     if recipe.align.steps:
         copies += CHECKPOINTS * 12 * (aligned.total - aligned.frozen_in_alignment)
     return copies + ("qlora" in recipe.compare) * plan.size(config).nf4_bytes
+
+
+def sft_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """Checkpoints of every training of an adapter, counted as on the full model: its weights with
+    two moments in float32, and as they are written."""
+    trainings = len(recipe.compare) + (recipe.offset.parts if recipe.offset.every else 1)
+    return trainings * CHECKPOINTS * 16 * plan.lora_parameters(config, recipe.adapter)
 
 
 def calibration_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:

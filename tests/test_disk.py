@@ -1,11 +1,12 @@
 """What a run's results take on disk, told from its recipe."""
 
 import pytest
+import torch
 
 import loram.compensate
 from loram.model import read_config
 from loram.offsets import offset_bytes, working_bytes
-from loram.plan import aligned_config, size
+from loram.plan import aligned_config, lora_parameters, size
 from loram.pruned import meta_model
 from loram.train import train_all_
 from pipelines.disk import (
@@ -15,6 +16,7 @@ from pipelines.disk import (
     offset_positions,
     offsets_bytes,
     run_bytes,
+    sft_bytes,
 )
 from pipelines.recipes import resolve
 
@@ -42,6 +44,10 @@ def test_checkpoints_of_all_that_is_aligned(method):
     trained = [w for w in train_all_(small).parameters() if w.requires_grad]
     assert with_steps - without == 3 * 12 * sum(w.numel() for w in trained)
     assert without == 4 * 2 * sum(w.numel() for w in small.parameters())
+    config.dtype = torch.float32
+    kept = model_bytes(resolve("test", [*words, "align.steps=0"]), config)
+    assert kept == (2 * 4 + 2 * 2) * sum(w.numel() for w in small.parameters())
+    config.dtype = torch.bfloat16
     qlora = resolve("test", [*words, "align.steps=0", 'compare=["lora", "qlora"]'])
     assert model_bytes(qlora, config) - without == size(config).nf4_bytes
 
@@ -51,7 +57,9 @@ def test_what_waits_while_the_model_is_scored_counts_where_it_is_more():
     recipe = resolve("test", words)
     config = read_config(recipe.model)
     assert calibration_bytes(recipe, config) == 100_000 * 512 * 4 * 64 * 7
-    assert run_bytes(recipe, config) == calibration_bytes(recipe, config)
+    beside = sft_bytes(recipe, config)
+    assert beside == 2 * 3 * 16 * lora_parameters(config, recipe.adapter)
+    assert run_bytes(recipe, config) == calibration_bytes(recipe, config) + beside
     assert calibration_bytes(resolve("test", [*words, "prune.method=rand"]), config) == 0
 
 
