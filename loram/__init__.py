@@ -1,7 +1,8 @@
 """LoRAM: train a LoRA adapter on a small, pruned copy of a model, use it on the original.
 
-A notebook needs, in this order: `loram.prune` (score, choose, prune), `loram.adapter` (attach,
-recover), `loram.merge`, `loram.data` and `loram.packing` (rows), `loram.train`, `loram.evaluate`.
+A notebook needs, in this order: `loram.data` and `loram.packing` (rows), `loram.prune` (score,
+choose, prune), `loram.adapter` (attach), `loram.train`, `loram.adapter` (recover),
+`loram.evaluate`, `loram.merge`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -128,7 +128,7 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
     other factor, adapters of whole layers and modules that were trained whole are copied; other
     weights of the small model, which PEFT may have saved along, are not. See `loram.kept` on the
     paper's (1 - M).
-    The result is a stock PEFT adapter for `base`.
+    The result is a stock PEFT adapter for `base`, of a masked one a masked one.
 
     Args:
         adapter: PEFT adapter directory trained on the pruned model.

@@ -39,7 +39,7 @@ def named(base: str | Path) -> dict[str, str | None]:
 
 
 def refuse_unless_plain(config: dict) -> None:
-    """Refuse adapters whose update is not `alpha / r * lora_B @ lora_A` on frozen weights."""
+    """Refuse adapters whose update is not a multiple of `lora_B @ lora_A` on frozen weights."""
     kind = config.get("peft_type")
     if kind not in ("LORA", PEFT_TYPE):
         refuse("adapter", f"peft_type {kind!r}", f"LORA, {PEFT_TYPE}")

@@ -183,7 +183,7 @@ def strict_match(
 
 
 def final_number(answer: str) -> str | None:
-    """What follows the first `####`, without thousands separators; None if no number does."""
+    """The first number that follows `####`, without thousands separators; None if none does."""
     found = FINAL.search(answer)
     return found[1].replace(",", "") if found else None
 

@@ -1,10 +1,10 @@
 """Model classes with the shapes of pruned models, made on the fly from transformers' own.
 
-A pruned model whose layers are all cut alike is a stock model with smaller numbers in its config,
-and opens in any tool. Otherwise (some layers kept whole, the paper's setting; single weights gone;
-stand-ins for what was removed) its `model_type` is `loram_<base>`: a subclass of the stock class
-that changes its modules before `from_pretrained` fills them. Stock loaders refuse that name instead
-of re-initialising what does not fit.
+A pruned model whose layers are all cut alike, to numbers that the stock class accepts, is a stock
+model with smaller numbers in its config, and opens in any tool. Otherwise (some layers kept whole,
+the paper's setting; single weights gone; stand-ins for what was removed) its `model_type` is
+`loram_<base>`: a subclass of the stock class that changes its modules before `from_pretrained`
+fills them. Stock loaders refuse that name instead of re-initialising what does not fit.
 """
 
 from functools import cache
@@ -25,7 +25,7 @@ PREFIX = "loram_"
 
 
 def pruned_config(config: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:
-    """The config of the model that keeps `kept`: the stock type if all layers are cut alike."""
+    """The config of the model that keeps `kept`: the stock type where that class can have it."""
     kv_heads, neurons = [len(x) for x in kept.kv_heads], [len(x) for x in kept.neurons]
     common = config.to_dict()
     if len(set(kv_heads)) == 1 and len(set(neurons)) == 1:

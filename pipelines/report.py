@@ -37,7 +37,7 @@ def notes(rows: list[Row]) -> list[str]:
     """What a reader must know to read the table rightly."""
     lines = [
         "held: the frozen model while the adapter trains. reduction: full model in bf16 over held. "
-        "loss: nats a trained token, held out, in domain. tokens/s, peak: of SFT, padding counted."
+        "loss: nats a trained token, held out, in domain. tokens/s, peak: of SFT, without padding."
     ]
     by_label = {row.label: row for row in rows}
     if "LoRA" not in by_label:

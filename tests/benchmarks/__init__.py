@@ -3,6 +3,7 @@
 import datetime
 import json
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,8 +21,9 @@ def keep(name: str, **values: object) -> None:
     line = {
         "benchmark": name,
         **values,
-        "command": "python -m "
-        + " ".join([f"tests.benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", f"tests.benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+        ),
         "date": datetime.date.today().isoformat(),
         "machine": ", ".join(machine),
     }

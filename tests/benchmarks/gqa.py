@@ -3,7 +3,7 @@
     python -m tests.benchmarks.gqa --references DIR [--steps N]
 
 No model of that kind is at hand, so a small byte-level llama is trained on C4 and Wikipedia. Then
-its inner layers lose half of their KV groups, and no neuron: by our scores, by those of
+its inner layers lose 1/4, 1/2 and 3/4 of their KV groups, and no neuron: by our scores, by those of
 LLM-Pruner's own code, which folds query heads {g, g + K, g + 2K, ...} onto KV head g, and at
 random. Perplexity a byte on held-out C4. DIR: see `references.py`.
 """
