@@ -61,11 +61,12 @@ def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> Document:
     """Every token trained, BOS first if the tokenizer adds one, EOS last.
 
     Raises:
-        ValueError: the text is empty.
+        ValueError: the text is empty, or has half of a surrogate pair, which is no character.
         UserError: the tokenizer has no EOS token.
     """
     if not text.strip():
         raise ValueError("empty text")
+    text.encode()
     ids = tokenizer(text, verbose=False)["input_ids"]
     if ids[-1] != end_of_text(tokenizer):
         ids.append(end_of_text(tokenizer))
@@ -87,10 +88,12 @@ def encode_chat(
         seq_len: tokens kept; what is beyond is cut off. None: all.
 
     Raises:
-        ValueError: the template refuses or rewrites the conversation, or no trained token is left.
+        ValueError: the template refuses or rewrites the conversation, half of a surrogate pair is
+            in it, or no trained token is left.
         UserError: the tokenizer has no EOS token.
     """
     text, answers = _render(messages, tokenizer)
+    text.encode()
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
     starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T

@@ -132,15 +132,19 @@ def widths(config: PreTrainedConfig, pruning: PruneConfig) -> tuple[int, int]:
     else:
         kept_kv = kv_heads - int(kv_heads * share)
     neurons = size - math.ceil(size * share)
-    if neurons < size:
-        neurons = min(size, pruning.multiple * math.floor(neurons / pruning.multiple + 0.5))
     if kept_kv < 1 or neurons < 1:
         refuse(
             "prune.ratio",
             f"{share}, which leaves {kept_kv} KV heads and {neurons} neurons of a layer",
             f"a ratio that leaves at least one of {kv_heads} and one of {size}",
         )
-    return kept_kv, neurons
+    if neurons == size:
+        return kept_kv, neurons
+    rounded = pruning.multiple * math.floor(neurons / pruning.multiple + 0.5)
+    if not rounded:
+        found = f"{pruning.multiple}, to which {neurons} neurons round to none"
+        refuse("prune.multiple", found, f"1 to {2 * neurons}")
+    return kept_kv, min(size, rounded)
 
 
 def _check_structured(config: PruneConfig) -> None:

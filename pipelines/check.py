@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ from pipelines.lock import try_lock
 from pipelines.recipe import Instruct, Recipe
 from pipelines.settings import check_settings
 from pipelines.sources import peek
+from pipelines.step import Step, topological_order
+from pipelines.store import Store
 
 MARGIN = 1.15  # estimates have been up to 12 % above what was measured
 
 
 def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
-    """Refuse a recipe that could not run to its end; takes seconds and reads no weights.
+    """Refuse a recipe that could not run to its end; takes seconds and reads no weights. Whether
+    the disk has room is told once its steps are known, by `check_space`.
 
     Returns: the config of the full model.
 
@@ -33,7 +37,7 @@ def check(recipe: Recipe, store: Path) -> PreTrainedConfig:
         UserError: names the setting, what was found and what is accepted.
     """
     config = check_settings(recipe)
-    check_store(store, disk.run_bytes(recipe, config))
+    check_directory("store", store)
     tokenizer = check_model(recipe.model)
     for setting, sources, data in (
         ("corpus.sources", recipe.corpus.sources, recipe.corpus),
@@ -157,9 +161,14 @@ def check_directory(setting: str, directory: Path) -> None:
         refuse(setting, found, "a writable directory, on a file system with flock")
 
 
-def check_store(store: Path, needed: int) -> None:
-    """The store can be written and has room for that many bytes."""
-    check_directory("store", store)
-    free = shutil.disk_usage(store).free
+def check_space(
+    store: Store, recipe: Recipe, config: PreTrainedConfig, targets: Iterable[Step]
+) -> None:
+    """The store has room for what a run takes there, less what its steps have taken already."""
+    needed, free = disk.run_bytes(recipe, config), shutil.disk_usage(store.root).free
+    for step in topological_order(targets):
+        for directory in (store.entry(step.slug), store.work(step.slug)):
+            needed -= sum(path.lstat().st_size for path in directory.rglob("*"))
     if free < needed:
-        refuse("store", f"{free / 1e9:.1f} GB free at {store}", f"{needed / 1e9:.1f} GB or more")
+        found = f"{free / 1e9:.1f} GB free at {store.root}"
+        refuse("store", found, f"{needed / 1e9:.1f} GB or more")

@@ -68,7 +68,7 @@ def build_corpus(
             damaged file, or a source that is not what its digest says.
     """
     pack = partial(write_packed, seq_len=config.seq_len, pad_id=_pad_id(tokenizer))
-    documents, rejected = _encoded(config, "corpus", tokenizer, list(sources.values()), work)
+    documents, rejected = _encoded(config, tokenizer, list(sources.values()), work)
     held_out = pack(out / "held_out", islice(cut(documents, config.seq_len), config.held_out))
     train = pack(out / "train", cut(documents, config.seq_len), rejected=rejected)
     if not train["rows"]:
@@ -84,61 +84,62 @@ def build_instruct(
     Arguments and errors as for `build_corpus`.
     """
     pack = partial(write_packed, seq_len=config.seq_len, pad_id=_pad_id(tokenizer))
-    documents, rejected = _encoded(config, "instruct", tokenizer, list(sources.values()), work)
+    documents, rejected = _encoded(config, tokenizer, list(sources.values()), work)
     chosen = islice(documents, config.held_out)
     held_out = pack(out / "held_out", best_fit(chosen, config.seq_len))
     train = pack(out / "train", best_fit(documents, config.seq_len), rejected=rejected)
-    if not train["rows"] and config.rows != config.held_out:
+    if not train["rows"] and config.setting != "evaluate":
         refuse("instruct.held_out", f"{config.held_out}, which leaves nothing to train on", "fewer")
     return _finished(train, held_out, out, work)
 
 
 def _encoded(
-    config: Config, setting: str, tokenizer: str, paths: list[str], work: Path
+    config: Config, tokenizer: str, paths: list[str], work: Path
 ) -> tuple[Iterator[Document], int]:
     """The documents asked for, in the order of their ranks, and how many rows were malformed."""
     chat = isinstance(config, InstructConfig)
     specs, files, forms = [], [], []
-    for place, (path, reading) in enumerate(zip(paths, config.sources, strict=True)):
+    for source, (path, reading) in enumerate(zip(paths, config.sources, strict=True)):
         spec = SourceSpec(path, reading.weight, reading.text, reading.share)
         if digest(spec, None) != reading.digest:
             refuse("source", f"{path}, changed since the run began", "what it was; run again")
         specs.append(spec)
-        files.append(choose_files(list_files(path), spec.share, config.seed, place))
-        forms.append(find_form(files[place], spec, setting, chat=chat))
-    limits = quotas(config.rows, [spec.weight for spec in specs], f"{setting}.rows")
+        files.append(choose_files(list_files(path), spec.share, config.seed, source))
+        forms.append(find_form(files[source], spec, config.setting, chat=chat))
+    limits = quotas(config.rows, [spec.weight for spec in specs], f"{config.setting}.rows")
     spares = [with_spares(limit, config.max_bad_share) for limit in limits]
     sample = mixed(lowest(_numbered(files, config.seed, spares), spares))
-    for place, path in enumerate(paths):
-        _check_count(config, setting, path, int((sample.source == place).sum()), limits[place])
+    for source, path in enumerate(paths):
+        _check_count(config, path, int((sample.source == source).sum()), limits[source])
     (work / REJECTS).unlink(missing_ok=True)
     shutil.rmtree(work / "spool", ignore_errors=True)
     good = np.ones(len(sample), bool)
     tables = _tokenised(files, forms, sample, tokenizer, config.seq_len if chat else None)
     write_spool(_watched(tables, sample, files, good, work), work / "spool")
-    for place, path in enumerate(paths):
-        rows = good[sample.source == place]
-        bad = int((~rows).sum())
-        if bad / len(rows) > config.max_bad_share:
-            found = (
-                f"{bad} malformed of {len(rows)} rows of {path} ({bad / len(rows):.1%}), listed in"
-            )
-            accepted = f"at most {config.max_bad_share:.1%}"
-            refuse(f"{setting}.max_bad_share", f"{found} {work / REJECTS}", accepted)
-        _check_count(config, setting, path, int(rows.sum()), limits[place])
+    for source, path in enumerate(paths):
+        of_source = good[sample.source == source]
+        _check_bad(config, path, of_source, work / REJECTS)
+        _check_count(config, path, int(of_source.sum()), limits[source])
     used = first(good, sample, limits)
-    documents = (document for place, document in read_spool(work / "spool") if used[place])
+    documents = (document for rank, document in read_spool(work / "spool") if used[rank])
     return documents, int((~good).sum())
 
 
-def _check_count(config: Config, setting: str, path: str, rows: int, limit: int | None) -> None:
+def _check_bad(config: Config, path: str, good: np.ndarray, rejects: Path) -> None:
+    """Refuse a source with too many malformed rows."""
+    bad, share = int((~good).sum()), float(np.mean(~good))
+    if share > config.max_bad_share:
+        found = f"{bad} malformed of {len(good)} rows of {path} ({share:.1%}), listed in {rejects}"
+        setting = "instruct" if isinstance(config, InstructConfig) else "corpus"
+        refuse(f"{setting}.max_bad_share", found, f"at most {config.max_bad_share:.1%}")
+
+
+def _check_count(config: Config, path: str, rows: int, limit: int | None) -> None:
     """Refuse a source with fewer rows than asked of it; for evaluation alone, one with none."""
-    wanted = limit or 1
-    if isinstance(config, InstructConfig) and config.rows == config.held_out:
-        wanted = 1
+    wanted = 1 if config.setting == "evaluate" else limit or 1
     if rows < wanted:
         found = f"{limit or 'all'} rows from {path}, which has {rows} good ones"
-        refuse(f"{setting}.rows", found, "no more than there are")
+        refuse(f"{config.setting}.rows", found, "no more than there are")
 
 
 def _numbered(files: list[list[File]], seed: int, limits: list[int | None]) -> Iterator[Sample]:

@@ -10,7 +10,7 @@ from loram.hub import split
 from loram.model import read_config
 from loram.train import TrainConfig
 from pipelines import disk
-from pipelines.check import check
+from pipelines.check import check, check_space
 from pipelines.gpu_memory import stages
 from pipelines.graph import Graph, build
 from pipelines.locate import all_sources, locate
@@ -36,6 +36,7 @@ def dry_run(recipe: Recipe, store: Store) -> int:
         config = check_settings(recipe, read_config(recipe.model))
         check(recipe, store.root)
         graph, problem = build(recipe, *locate(recipe, store.root / "digests")), ""
+        check_space(store, recipe, config, [variant.evaluate for variant in graph.variants])
     except UserError as error:
         config = check_settings(recipe, known_config(recipe, error))
         unknown = {spec.path: Source("data", spec.path, "") for spec in all_sources(recipe)}

@@ -94,9 +94,10 @@ def execute(
     Returns: the directories of all steps that were used or made, by key.
 
     Raises:
-        UserError: a step found a mistake of the user's, or the disk is full.
-        StepFailed: a step raised anything else. In both cases the steps in flight were allowed to
-            finish, and nothing new was started.
+        UserError: a step found a mistake of the user's, the disk is full, or an entry cannot be
+            read.
+        StepFailed: a step raised anything else. After a step's failure those in flight were allowed
+            to finish, and nothing new was started.
     """
     targets = list(targets)
     ordered = topological_order(targets)
@@ -107,8 +108,8 @@ def execute(
     locks: dict[str, Lock] = {}
     running: dict[Future[Metrics], tuple[Step, Path, float]] = {}
 
-    def adopt(step: Step, lock: Lock) -> None:
-        locks[step.key], done[step.key] = lock, store.entry(step.slug)
+    def adopt(step: Step) -> None:
+        done[step.key] = store.entry(step.slug)
         store.touch(step.slug)
         on_event(Event("cached", step, done[step.key]))
 
@@ -116,10 +117,11 @@ def execute(
         """Use the entry if it is there; need the inputs if it is not."""
         lock = store.lock(step.slug, shared=True)
         if lock:
+            locks[step.key] = lock
             flaw = store.flaw(step.slug, step.key)
             if not flaw:
-                return adopt(step, lock)
-            lock.release()
+                return adopt(step)
+            locks.pop(step.key).release()
             if flaw != "missing" and step.key not in waiting:
                 on_event(Event("damaged", step, store.entry(step.slug), text=flaw))
         absent.add(step.key)
@@ -134,11 +136,11 @@ def execute(
                 on_event(Event("waiting", step, store.entry(step.slug)))
             absent.discard(step.key)  # look again: who made it holds it, shared, to its own end
             return False
+        locks[step.key] = lock
         if not store.flaw(step.slug, step.key):  # the other run was faster
             lock.share()
-            adopt(step, lock)
+            adopt(step)
             return True
-        locks[step.key] = lock
         given: dict[str, Any] = {
             name: done[node.key] if isinstance(node, Step) else node.uri
             for name, node in step.inputs.items()

@@ -7,25 +7,20 @@ written relative to the working directory.
 import argparse
 import json
 import logging
-import os
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
 
-from huggingface_hub.utils import disable_progress_bars  # noqa: E402
-
-from loram.errors import UserError  # noqa: E402
 from loram.plan import size  # noqa: E402
 from pipelines import report, results  # noqa: E402
-from pipelines.check import check  # noqa: E402
+from pipelines.check import check, check_space  # noqa: E402
 from pipelines.cluster import check_room, check_shared, start_ray  # noqa: E402
+from pipelines.command import command, parsed  # noqa: E402
 from pipelines.dry_run import dry_run  # noqa: E402
-from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
+from pipelines.execute import CURVE, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.launch import ray_launch  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
@@ -39,12 +34,8 @@ from pipelines.store import Store  # noqa: E402
 def main(words: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(description="LoRAM, from a full model to a recovered adapter.")
-    parser.add_argument("recipe", nargs="?", default="small", help="a name, or a recipe.json")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="such as sft.lr=3e-4")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and run nothing")
-    options = parser.parse_intermixed_args(words)
-    if "=" in options.recipe:
-        options.recipe, options.changes = "small", [options.recipe, *options.changes]
+    options = parsed(parser, words, "such as sft.lr=3e-4")
 
     def go() -> int:
         recipe = resolve(options.recipe, options.changes)
@@ -54,25 +45,6 @@ def main(words: list[str] | None = None) -> int:
     return command(go)
 
 
-def command(go: Callable[[], int]) -> int:
-    """Run a command quietly; a failure becomes one line and an exit status."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1"} | os.environ
-    disable_progress_bars()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    try:
-        return go()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except StepFailed as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-
-
 def run(recipe: Recipe, store: Store) -> int:
     """Check, execute, report."""
     config = check(recipe, store.root)
@@ -80,6 +52,7 @@ def run(recipe: Recipe, store: Store) -> int:
     recipe = replace(recipe, model=model.uri)  # of the hub, the commit
     graph = build(recipe, model, sources)
     targets = [variant.evaluate for variant in graph.variants] + [graph.recovered]
+    check_space(store, recipe, config, targets)
     tags = {"variant": recipe.prune.method, "stage": "pipeline"}
     with session(recipe, store, recipe.name, tags) as here:
         here.say(f"LoRAM {recipe.name}: store {store.root}")
@@ -117,9 +90,10 @@ def _write_report(
     curves = {}
     for step in topological_order(targets):
         path = store.entry(step.slug) / CURVE
-        if path.exists():
-            # Of a training in parts the last has it whole.
-            curves[step.name] = [json.loads(line) for line in path.read_text().splitlines()]
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        if lines and "loss" in lines[0]:  # a data step's curve counts rows
+            curves[step.name] = lines  # of a training in parts the last has it whole
     report.write(
         out,
         rows,

@@ -73,10 +73,11 @@ def messages(file: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
     with file.open("rb") as there:
         there.seek(start)
         for line in there:
+            if not line.endswith(b"\n"):
+                return  # being written; its rest must not count as a message
             start += len(line)
             with contextlib.suppress(ValueError):
-                if line.endswith(b"\n"):
-                    yield json.loads(line), start
+                yield json.loads(line), start
 
 
 @dataclass(frozen=True)

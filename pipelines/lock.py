@@ -8,9 +8,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock held through an open file; the kernel gives it back when the process dies."""
+    """A lock held through an open file; the kernel gives it back when the process dies. As a
+    context manager it is released at the block's end."""
 
     file: int
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def share(self) -> None:
         """Turn a lock held alone into one held with other readers."""

@@ -81,7 +81,7 @@ def read_rows(
                 if number != wanted[place]:
                     continue
                 place += 1
-            yield _parsed(number, raw, plain=_kind(uri) == ".txt")
+            yield _parsed(number, raw, plain=kind(uri) == ".txt")
 
 
 def parquet_columns(uri: str) -> list[str]:
@@ -108,16 +108,17 @@ def opened(uri: str) -> Iterator[BinaryIO]:
         refuse("source", f"{uri}, which cannot be read to its end ({reason[0]})", "a whole file")
 
 
-def _kind(uri: str) -> str:
+def kind(uri: str) -> str:
+    """The suffix, such as `.jsonl`, without that of compression."""
     bare = uri.removesuffix(next((packed for packed in COMPRESSED if uri.endswith(packed)), ""))
     return "." + bare.rpartition(".")[2]
 
 
 def _raw(uri: str, file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Number and content of each row: bytes, None for one that is too long, or what was parsed."""
-    if _kind(uri) == ".txt":
+    if kind(uri) == ".txt":
         yield from _texts(file)
-    elif _kind(uri) == ".json" and _is_array(file):
+    elif kind(uri) == ".json" and _is_array(file):
         yield from _array(uri, file)
     else:
         yield from ((number, line) for number, line in _lines(file) if line is None or line.strip())

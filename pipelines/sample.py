@@ -46,6 +46,11 @@ class CorpusConfig:
     max_bad_share: float
     seed: int
 
+    @property
+    def setting(self) -> str:
+        """The part of the recipe that asks for these rows."""
+        return "corpus"
+
 
 @dataclass(frozen=True)
 class InstructConfig:
@@ -59,6 +64,11 @@ class InstructConfig:
     seq_len: int
     max_bad_share: float
     seed: int
+
+    @property
+    def setting(self) -> str:
+        """The part of the recipe that asks for these rows: `evaluate` for evaluation alone."""
+        return "evaluate" if self.rows == self.held_out else "instruct"
 
 
 Config = CorpusConfig | InstructConfig

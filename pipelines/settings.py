@@ -57,6 +57,10 @@ def check_settings(recipe: Recipe, config: PreTrainedConfig | None = None) -> Pr
             _check_sources(name, sources, "evaluate.rows", rows)
     if not recipe.experiment.strip():
         refuse("experiment", "an empty name", "a name")
+    for name in ("workers", "micro_batch", "cpus_per_worker"):
+        _at_least(f"place.{name}", getattr(recipe.place, name), 1)
+    if recipe.place.gpus_per_worker not in (0, 1):
+        refuse("place.gpus_per_worker", recipe.place.gpus_per_worker, "0, 1")
     for name, train in (("align", recipe.align), ("sft", recipe.sft)):
         _check_training(name, train, recipe, config)
     _at_least("sft.steps", recipe.sft.steps, 1)
@@ -137,13 +141,8 @@ def _check_training(
             f"2 to {config.max_position_embeddings}, the context of the model",
         )
     place = recipe.place
-    _at_least("place.workers", place.workers, 1)
-    _at_least("place.micro_batch", place.micro_batch, 1)
-    _at_least("place.cpus_per_worker", place.cpus_per_worker, 1)
-    if place.gpus_per_worker not in (0, 1):
-        refuse("place.gpus_per_worker", place.gpus_per_worker, "0, 1")
     step = place.workers * place.micro_batch
-    if train.global_batch < 1 or train.global_batch % step:
+    if train.steps and (train.global_batch < 1 or train.global_batch % step):
         refuse(
             f"{name}.global_batch",
             f"{train.global_batch}, which {place.workers} workers with micro-batches of "

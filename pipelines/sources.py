@@ -19,7 +19,7 @@ from loram.errors import refuse
 from loram.formats import detect, known_form, to_messages
 from loram.packing import scatter
 from pipelines.digest import file_digest, read_digest
-from pipelines.readers import SUFFIXES, Row, opened, parquet_columns, read_rows
+from pipelines.readers import SUFFIXES, Row, kind, opened, parquet_columns, read_rows
 
 KINDS = "parquet (.parquet), JSON (.jsonl, .json), text (.txt); the latter also as .gz, .bz2, .xz"
 HEAD = 1 << 16  # bytes looked at, at both ends of a file
@@ -107,9 +107,10 @@ def choose_files(files: list[File], share: float, *salt: int) -> list[File]:
 
 
 def digest(spec: SourceSpec, cache: Path | None) -> str:
-    """Hex SHA-256 of a source's content, in the order of its files; their names do not count.
+    """Hex SHA-256 of a source's content, in the order of its files.
 
-    Local files count by their bytes, s3:// by ETag and size, hf:// by the hub's blob ids.
+    Local files count by their bytes, s3:// by ETag and size, hf:// by the hub's blob ids; of their
+    names the suffix does, by which they are read.
 
     Args:
         cache: where the digests of local files are remembered; None: read every byte now.
@@ -123,7 +124,7 @@ def digest(spec: SourceSpec, cache: Path | None) -> str:
         if not stamp:
             local = Path(file.uri.removeprefix("file://"))
             stamp = file_digest(local, cache) if cache else read_digest(local)
-        total.update(f"{stamp} {file.size}\n".encode())
+        total.update(f"{stamp} {file.size} {kind(file.uri)}\n".encode())
     return total.hexdigest()
 
 

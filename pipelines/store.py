@@ -88,7 +88,11 @@ class Store:
         return None
 
     def flaw(self, slug: str, key: str) -> str:
-        """Why the entry cannot be used; empty if every byte is as its record says."""
+        """Why the entry cannot be used; empty if every byte is as its record says.
+
+        Raises:
+            UserError: a file is there and cannot be read now, which is no reason to lose it.
+        """
         entry = self.entry(slug)
         try:
             record = self.record(slug)
@@ -104,7 +108,10 @@ class Store:
                     return f"{name} has not the checksum of its record"
         except FileNotFoundError:
             return "missing"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            found = f"{error.filename or entry} ({error.strerror})"
+            refuse("store", found, "entries that can be read; `store remove` removes one")
+        except (ValueError, KeyError, TypeError) as error:
             return f"unreadable: {error!r}"
         return ""
 

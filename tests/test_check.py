@@ -11,11 +11,15 @@ import ray
 from loram.errors import UserError
 from loram.model import save
 from pipelines.assets import home
-from pipelines.check import check_gpu_memory
+from pipelines.check import check, check_gpu_memory, check_space
+from pipelines.disk import run_bytes
 from pipelines.full import main
+from pipelines.graph import build
+from pipelines.locate import locate
 from pipelines.recipes import read
 from pipelines.settings import check_settings
 from pipelines.shapes import SHAPES
+from pipelines.store import Store
 from tests.conftest import tiny_model
 
 ASSETS = home() / "assets"
@@ -49,6 +53,7 @@ def refused(capsys, tmp_path):
         ("prune.ratio=0.999", "prune.ratio"),
         ("prune.method=magnitude", "rand, stru"),
         ("prune.multiple=0", "1 or more"),
+        ("prune.multiple=500", "prune.multiple: found 500"),
         ("prune.keep_first=4", "prune.keep_first + prune.keep_last"),
         ("sft.seq_len=100000", "sft.seq_len"),
         ("align.global_batch=6", "align.global_batch"),
@@ -89,6 +94,10 @@ def test_settings_that_exclude_each_other(refused):
     assert "8 GPUs" in refused(*several, "align.global_batch=32")
     fitted = ("compensate.rank=4", "compensate.gradients=true", "offset.every=2")
     assert "offset.every 1, or false" in refused(*fitted)
+
+
+def test_a_training_that_is_not_done_may_have_any_batch():
+    check_settings(read("test", ["align.steps=0", "align.global_batch=6"]))
 
 
 def test_whole_layers_are_a_matter_of_the_structured_methods():
@@ -133,6 +142,9 @@ def test_no_trainable_token(refused, tmp_path):
     rows = '{"instruction": "Say nothing.", "output": ""}\n' * 4
     (tmp_path / "silent.jsonl").write_text(rows)
     assert "silent.jsonl" in refused(source("instruct.sources", tmp_path / "silent.jsonl"))
+    halves = rows.replace("nothing", "\\ud83d").replace('""', '"."')
+    (tmp_path / "halves.jsonl").write_text(halves)  # of an emoji, as careless cutting leaves them
+    assert "surrogates" in refused(source("instruct.sources", tmp_path / "halves.jsonl"))
 
 
 def test_models(refused, tmp_path):
@@ -173,11 +185,17 @@ def test_in_a_cluster(refused, monkeypatch, tmp_path):
 
 
 def test_disk_too_full(refused, tmp_path):
-    """A model whose copies no disk holds; its weights are not looked at for that."""
-    config = tiny_model("llama", hidden_size=64).config
-    config.vocab_size = 10**12
-    config.save_pretrained(tmp_path / "huge")
-    assert "GB free" in refused(f"model={tmp_path / 'huge'}")
+    """Offsets that no disk holds; what the run's own steps have taken is not asked for again."""
+    words = ["offset.every=1", "sft.steps=10000000"]
+    assert "GB free" in refused(*words)
+    recipe, store = read("test", words), Store(tmp_path / "store")
+    config = check(recipe, store.root)
+    graph = build(recipe, *locate(recipe, store.root / "digests"))
+    work = store.work(graph.pruned.slug)
+    work.mkdir(parents=True)
+    with (work / "most").open("wb") as file:
+        file.truncate(run_bytes(recipe, config))  # a hole, which takes no room itself
+    check_space(store, recipe, config, [graph.recovered])
 
 
 def test_a_stage_that_no_gpu_holds():

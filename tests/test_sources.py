@@ -202,7 +202,12 @@ def test_a_digest_is_of_the_bytes_in_order(tmp_path):
     write(tmp_path / "b" / "2.jsonl", ROWS[:10])
     assert digest(second, cache) != digest(first, cache)
     (tmp_path / "a" / "README.md").write_text("not data")
-    assert digest(first, cache) == digest(first, None)
+    before = digest(first, cache)
+    assert before == digest(first, None)
+    (tmp_path / "a" / "1.jsonl").rename(tmp_path / "a" / "0.jsonl")
+    assert digest(first, cache) == before
+    (tmp_path / "a" / "0.jsonl").rename(tmp_path / "a" / "0.txt")
+    assert digest(first, cache) != before  # other rows
 
 
 def test_a_share_is_chosen_by_seed_and_never_exceeded(tmp_path):

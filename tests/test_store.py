@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -120,6 +121,20 @@ def test_damaged_entry_is_noticed_and_made_again(damage: str, tmp_path: Path, st
     kinds = [event.kind for event in go(store, step, tmp_path / "tally")]
     assert kinds == ["damaged", "started", "finished"]
     assert not store.flaw(step.slug, step.key) and weights.read_bytes() == b"w" * 1000
+
+
+def test_an_entry_that_cannot_be_read_now_is_kept(tmp_path: Path, store: Store) -> None:
+    """Out of open files, as a stand-in for a network drive in trouble."""
+    step = pair()[0]
+    go(store, step, tmp_path / "tally")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match="Too many open files.*accepted: entries that can be"):
+            store.flaw(step.slug, step.key)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [event.kind for event in go(store, step, tmp_path / "tally")] == ["cached"]
 
 
 def test_remembered_digest_is_used_until_the_file_changes(tmp_path: Path) -> None:

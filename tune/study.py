@@ -8,25 +8,27 @@ earlier study or run made is used, and the same command goes on where it was kil
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
-
-from pipelines.full import command  # noqa: E402, I001  first: it quietens the libraries
 
 from loram.errors import UserError  # noqa: E402
 from loram.plan import size  # noqa: E402
 from loram.prune import METHODS  # noqa: E402
-from pipelines.check import check  # noqa: E402
+from pipelines.check import check, check_hardware, check_space  # noqa: E402
 from pipelines.cluster import check_room, check_shared, start_ray  # noqa: E402
+from pipelines.command import command, parsed  # noqa: E402
 from pipelines.execute import Event, StepFailed, execute  # noqa: E402
 from pipelines.locate import locate  # noqa: E402
 from pipelines.recipe import flat  # noqa: E402
 from pipelines.session import Session, session  # noqa: E402
+from pipelines.settings import check_settings  # noqa: E402
 from pipelines.step import Step  # noqa: E402
 from pipelines.store import Store  # noqa: E402
 from tune import study_page, trainings  # noqa: E402
@@ -40,16 +42,12 @@ def main(words: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(description="The paper's comparisons, one command each.")
     parser.add_argument("study", help=", ".join(STUDIES))
-    parser.add_argument("recipe", nargs="?", default="small", help="a name, or a recipe.json")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="such as nf4=false")
     parser.add_argument("--methods", nargs="*", default=METHODS, help=" ".join(METHODS))
     parser.add_argument("--seeds", nargs="*", default=["0"], help="of pruning and training (0)")
     parser.add_argument("--rates", nargs="*", help="tried for each method's own best sft.lr")
     default = " ".join(map(str, RATIOS))
     parser.add_argument("--ratios", nargs="*", help=f"of the study ratio ({default})")
-    given = parser.parse_intermixed_args(words)
-    if "=" in given.recipe:
-        given.recipe, given.changes = "small", [given.recipe, *given.changes]
+    given = parsed(parser, words, "such as nf4=false")
 
     def go() -> int:
         lists = {name: getattr(given, name) for name in ("methods", "seeds", "rates", "ratios")}
@@ -62,11 +60,16 @@ def run(study: Study) -> int:
     """Check, train, evaluate, report."""
     recipe = study.recipe
     store = Store.at(recipe.store)
+    config = check(study.arms[0].recipe, store.root)  # sources and servers are those of all
     for arm in study.arms:
-        full = size(check(arm.recipe, store.root))
+        check_settings(arm.recipe, config)
+        check_hardware(arm.recipe, config)
     model, sources = locate(recipe, store.root / "digests")
     recipe = replace(recipe, model=model.uri)  # of the hub, the commit
     planned = trainings.plan(study, model, sources)
+    for arm in study.arms:
+        own = evaluations(study, [t for t in planned if t.arm == arm])
+        check_space(store, arm.recipe, config, own)
     methods = sorted({arm.recipe.prune.method for arm in study.arms if not arm.full})
     tags = {"study": study.name, "variant": ",".join(methods), "stage": "study"}
     with session(recipe, store, f"study-{study.name}-{recipe.name}", tags) as here:
@@ -79,7 +82,7 @@ def run(study: Study) -> int:
         chosen = [t for t in planned if t.lr in (recipe.sft.lr, best[t.arm])]
         note = here.noted(wanted(study, chosen))
         _execute(evaluations(study, chosen), [], {}, note, here)
-        points = trainings.observed(study, chosen, best, store, full)
+        points = trainings.observed(study, chosen, best, store, size(config))
         costs = trainings.spent(study, planned, lost, store)
         seen = Seen(study, points, costs, {arm.title: lr for arm, lr in best.items()}, lost)
         out = here.report()

@@ -9,21 +9,22 @@ since the losses of unlike models do not compare. The same command goes on where
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout that is not installed
-
-from pipelines.full import command  # noqa: E402, I001  first: it quietens the libraries
 
 from loram.errors import UserError, refuse  # noqa: E402
 from loram.plan import Size, size  # noqa: E402
 from pipelines import results  # noqa: E402
 from pipelines.assets import home  # noqa: E402
-from pipelines.check import check  # noqa: E402
+from pipelines.check import check, check_space  # noqa: E402
 from pipelines.cluster import check_room, check_shared, nodes, start_ray  # noqa: E402
+from pipelines.command import command, parsed  # noqa: E402
 from pipelines.execute import CURVE, StepFailed, execute  # noqa: E402
 from pipelines.graph import Graph, build  # noqa: E402
 from pipelines.journal import redact  # noqa: E402
@@ -47,15 +48,11 @@ from tune.space import replaced, space  # noqa: E402
 def main(words: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(description="Which learning rate, which pruning ratio?")
-    parser.add_argument("recipe", nargs="?", default="small", help="a name, or a recipe.json")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="LOW..HIGH, a,b,c or value")
     parser.add_argument("--trials", type=int, default=8, help="in each search (8)")
     parser.add_argument("--metric", default=page.METRICS[0], help=" or ".join(page.METRICS))
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--concurrent", type=int, help="trials at a time (as many as fit)")
-    given = parser.parse_intermixed_args(words)
-    if "=" in given.recipe:
-        given.recipe, given.changes = "small", [given.recipe, *given.changes]
+    given = parsed(parser, words, "LOW..HIGH, a,b,c or value")
 
     def go() -> int:
         if given.metric not in page.METRICS:
@@ -81,9 +78,6 @@ def run(plan: Plan) -> int:
     full = size(config)
     if not os.environ.get("RAY_ADDRESS"):
         check_capacity(recipe.place, plan.concurrent)
-    mine = home() / "sweeps" / plan.key
-    if try_lock(mine / "lock") is None:
-        refuse("sweep", f"{plan.key}, which another process runs", "one process at a time")
     model, sources = locate(recipe, store.root / "digests")
     recipe = dataclasses.replace(recipe, model=model.uri)  # of the hub, the commit
     variants = [each.prune.method for each in plan.space.recipes()]
@@ -92,7 +86,18 @@ def run(plan: Plan) -> int:
     def key(trained: Recipe) -> str:
         return sft_of(build(trained, model, sources)).key
 
-    with session(recipe, store, f"sweep-{recipe.name}", tags) as here, _kept(store):
+    for each in plan.space.recipes():
+        graph = build(each, model, sources)
+        check_space(store, each, config, [graph.recovered, graph.variants[0].evaluate])
+    mine = home() / "sweeps" / plan.key
+    lock = try_lock(mine / "lock")
+    if lock is None:
+        refuse("sweep", f"{plan.key}, which another process runs", "one process at a time")
+    with (
+        lock,
+        session(recipe, store, f"sweep-{recipe.name}", tags) as here,
+        _kept(store),
+    ):
         say, tracking = here.say, here.tracking
         say(f"LoRAM sweep {plan.key}: store {store.root}")
         start_ray()
@@ -127,7 +132,8 @@ def run(plan: Plan) -> int:
                 )
             for step in shared:
                 if flaw := store.flaw(step.slug, step.key):
-                    raise FileNotFoundError(None, f"{step.slug}: {flaw}", str(store.root))
+                    gone = f"{store.root} ({step.slug}: {flaw})"
+                    refuse("store", gone, "a directory that stays and can be written")
             for outcome in _evaluated(found, model, sources, here, full):
                 follow.finish(outcome)
                 outcomes.append(outcome)
