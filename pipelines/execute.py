@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loram.errors import UserError
-from pipelines.lock import Lock
+from pipelines.lock import Lock, wait_lock
 from pipelines.seal import seal
 from pipelines.step import Metrics, Step, topological_order
 from pipelines.store import Store
@@ -48,29 +48,31 @@ class Event:
 def run(step: Step, inputs: dict[str, Any], out: Path, work: Path, place: Any) -> Metrics:
     """Call the step's function and seal what it wrote; runs where the launcher puts it.
 
-    A second attempt after a lost worker finds `out` empty again and `work` as it was. Metrics that
-    are no finite number are recorded as strings.
+    A second attempt after a lost worker finds `out` empty again and `work` as it was; it waits for
+    the first, which may outlive its driver for a while. Metrics that are no finite number are
+    recorded as strings.
     """
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    started, since = datetime.datetime.now(datetime.UTC), time.monotonic()
-    found = step.fn(step.config, **inputs, out=out, work=work, place=place)
-    metrics = {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in found.items()
-    }
-    if (work / CURVE).exists():
-        shutil.copyfile(work / CURVE, out / CURVE)
-    about = {
-        "key": step.key,
-        **step.identity,
-        "metrics": metrics,
-        "seconds": round(time.monotonic() - since, 3),
-        "started": started.isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-    }
-    seal(out, about)
-    return metrics
+    with wait_lock(work / "step.lock"):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        started, since = datetime.datetime.now(datetime.UTC), time.monotonic()
+        found = step.fn(step.config, **inputs, out=out, work=work, place=place)
+        metrics = {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in found.items()
+        }
+        if (work / CURVE).exists():
+            shutil.copyfile(work / CURVE, out / CURVE)
+        about = {
+            "key": step.key,
+            **step.identity,
+            "metrics": metrics,
+            "seconds": round(time.monotonic() - since, 3),
+            "started": started.isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+        }
+        seal(out, about)
+        return metrics
 
 
 def execute(

@@ -31,9 +31,10 @@ from loram.train import TrainConfig
 from pipelines import worker
 from pipelines.curve import summary
 from pipelines.execute import CURVE
+from pipelines.lock import wait_lock
 from pipelines.place import Place
 from pipelines.step import Metrics
-from pipelines.worker import RUN, Job
+from pipelines.worker import RUN, TRAINING, Job
 
 STATE = "state"  # what a training that was to stop leaves: a work directory to go on from
 RETRIES = 2  # restarts after a lost or failed worker
@@ -104,6 +105,7 @@ def fit(
         work,
         called,
     )
+    wait_lock(work / TRAINING).release()  # a killed driver's workers may outlive it for a while
     _drop_torn_snapshot(work / RUN)
     if earlier and not (work / RUN).exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,7 @@ def fit(
     )
     _export(job, Path(best.path), out)
     if config.stop is not None:
-        shutil.copytree(work, out / STATE)
+        shutil.copytree(work, out / STATE, ignore=shutil.ignore_patterns("*.lock"))
     return summary(work / CURVE) | {
         "held_out_loss": scores["held_out_loss"],
         "best_step": scores["step"],

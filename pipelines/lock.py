@@ -2,8 +2,11 @@
 
 import fcntl
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+POLL_S = 0.2  # how often a lock that is waited for is tried
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,10 @@ def try_lock(path: Path, *, shared: bool = False) -> Lock | None:
         os.close(file)
         raise
     return Lock(file)
+
+
+def wait_lock(path: Path) -> Lock:
+    """The lock on `path`, as soon as no other process holds it; errors as of `try_lock`."""
+    while (lock := try_lock(path)) is None:
+        time.sleep(POLL_S)
+    return lock

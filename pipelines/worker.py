@@ -3,6 +3,7 @@ of `loram.train`, and at each evaluation a report to Ray Train with a checkpoint
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -27,10 +28,12 @@ from loram.parallel import load_state, masters_, replicate, save_state, shard, w
 from loram.train import Log, TrainConfig, adamw, train, train_all_
 from pipelines.curve import append, go_on
 from pipelines.execute import CURVE
+from pipelines.lock import wait_lock
 from pipelines.place import Place, forget_peak
 from pipelines.stream import stream
 
 RUN = "run"  # Ray Train's directory under the work directory
+TRAINING = "training.lock"  # there, held by the first worker: two trainings never write the same
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ def work(job: Job) -> dict[str, Any]:
 
     Returns: `startup_seconds`, from the call of `fit` to the first step; or `diverged`, why.
     """
+    with wait_lock(job.work / TRAINING) if world()[0] == 0 else nullcontext():
+        return _work(job)
+
+
+def _work(job: Job) -> dict[str, Any]:
     forget_peak()
     rank, size = world()
     config, place, run = job.config, job.place, job.work / RUN

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from loram.packing import Packed, batches, order
 from loram.train import TrainConfig
 from pipelines.cluster import start_ray
 from pipelines.fit import fit, latest_checkpoint
+from pipelines.lock import try_lock, wait_lock
 from pipelines.place import Place
 from pipelines.stream import stream
-from pipelines.worker import RUN
+from pipelines.worker import RUN, TRAINING
 from tests.sparse_models import UNST, make
 
 CONFIG = TrainConfig(
@@ -221,6 +223,43 @@ def test_a_sparse_model_is_aligned_with_its_holes(cluster, data, tmp_path):
         assert torch.equal(weight == 0, ~mask)
     name = "model.layers.0.mlp.up_proj"
     assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
+
+
+def test_one_training_at_a_time_writes_a_work_directory(cluster, data, tmp_path):
+    """The workers of a killed driver may live on: a training waits for them, and locks out others
+    as long as its own live."""
+    file, held = tmp_path / "work" / TRAINING, []
+    other = wait_lock(file)
+    free = threading.Timer(2.0, lambda: (held.append(time.time()), other.release()))
+    free.start()
+    done = threading.Event()
+
+    def watch():
+        free.join()
+        while not done.wait(0.05):
+            if lock := try_lock(file):
+                lock.release()
+            else:
+                held.append(time.time())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    fit(
+        "sft",
+        model=data / "model",
+        train=data / "train",
+        held_out=data / "held_out",
+        config=CONFIG,
+        adapter=AdapterConfig(),
+        place=Place(cpus_per_worker=1, micro_batch=2),
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+    )
+    done.set()
+    watcher.join()
+    steps = [line["time"] for line in lines(tmp_path / "work" / "metrics.jsonl")]
+    assert steps[0] > held[0] and held[-1] >= steps[-2]
+    assert not list((tmp_path / "out").glob("*.lock"))
 
 
 def test_a_quantised_model_is_not_aligned(data, tmp_path):

@@ -216,6 +216,19 @@ def test_second_attempt_finds_its_work_and_leaves_none(store: Store, launch: Lau
     assert not store.work(step.slug).exists()
 
 
+def test_a_second_attempt_waits_for_the_first(tmp_path: Path) -> None:
+    """As when a killed driver's task lives on while the same command runs again."""
+    step, spans = Step("a", write, Config(seconds=0.5)), []
+
+    def attempt(name: str) -> None:
+        run(step, {}, tmp_path / name, tmp_path / "work", None)
+        spans.append(time.monotonic())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(attempt, "ab"))
+    assert spans[1] - spans[0] >= 0.5
+
+
 def test_users_mistake_in_a_step_reaches_the_user_as_it_is(store: Store, launch: Launch) -> None:
     with pytest.raises(UserError, match=r"^source: found nothing; accepted: rows$"):
         go(Step("a", refuse_it, Config()), store, launch)
