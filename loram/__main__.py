@@ -10,12 +10,11 @@ import torch
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains when it is imported
 
 from loram.adapter import open_adapted, recover  # noqa: E402
-from loram.adapter_files import CONFIG, WEIGHTS  # noqa: E402
 from loram.data import load_tokenizer  # noqa: E402
 from loram.errors import UserError, refuse  # noqa: E402
 from loram.evaluate import generate  # noqa: E402
 from loram.merge import merge  # noqa: E402
-from loram.model import load  # noqa: E402
+from loram.model import check_weights, load, read_config  # noqa: E402
 
 
 def main(words: list[str] | None = None) -> int:
@@ -42,10 +41,13 @@ def main(words: list[str] | None = None) -> int:
     verb.add_argument("--max-new-tokens", type=int, default=256)
     options = parser.parse_args(words)
     try:
+        read_config(options.base, "base")
+        if options.verb != "recover" and Path(options.base).is_dir():
+            check_weights(Path(options.base), "base")
         if options.verb == "generate":
             device = "auto" if torch.cuda.is_available() else "cpu"
             model = (
-                open_adapted(options.base, _adapter(options.adapter), device=device)
+                open_adapted(options.base, options.adapter, device=device)
                 if options.adapter
                 else load(options.base, device=device)
             )
@@ -56,20 +58,13 @@ def main(words: list[str] | None = None) -> int:
         if options.out.exists():
             refuse("out", f"{options.out}, which exists", "a directory to be made")
         if options.verb == "recover":
-            recover(_adapter(options.adapter), options.pruned, options.base, options.out)
+            recover(options.adapter, options.pruned, options.base, options.out)
         else:
-            merge(options.base, _adapter(options.adapter), options.out)
+            merge(options.base, options.adapter, options.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _adapter(path: Path) -> Path:
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            refuse("adapter", f"{path} without {name}", "a PEFT adapter directory")
-    return path
 
 
 if __name__ == "__main__":

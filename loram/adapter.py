@@ -20,6 +20,7 @@ from loram.adapter_files import (
     check_fits,
     module_and_factor,
     named,
+    read_adapter,
     refuse_unless_plain,
     shapes,
 )
@@ -140,9 +141,9 @@ def recover(adapter: Path, pruned: Path, base: str | Path, out: Path) -> None:
             modules that were trained whole and pruned.
     """
     adapter, out = Path(adapter), Path(out)
-    config = json.loads((adapter / CONFIG).read_text())
+    config = read_adapter(adapter)
     refuse_unless_plain(config)
-    full, kept = read_config(base), Kept.load(pruned)
+    full, kept = read_config(base, "base"), Kept.load(pruned)
     if len(kept.neurons) != full.num_hidden_layers:
         layers = f"a model of {len(kept.neurons)} layers, as the pruned one in {pruned}"
         refuse("base", f"{base} of {full.num_hidden_layers}", layers)
@@ -186,13 +187,13 @@ def open_adapted(
         UserError: as of `load` and `check_fits`; a masked adapter without masks, or with others, or
             on a model that neither the device nor memory holds.
     """
+    config = read_adapter(Path(adapter))
     check_fits(shapes(Path(adapter)), read_config(base))
     model = load(base, dtype=dtype, device=device)
     where = getattr(model, "hf_device_map", {})
     # What waits in memory stays there: PEFT, which has to know, would plan anew with what is left.
     plan = {f"base_model.model.{name}": place for name, place in where.items()}
-    config = json.loads((Path(adapter) / CONFIG).read_text())
-    if config["peft_type"] != PEFT_TYPE:
+    if config.get("peft_type") != PEFT_TYPE:
         return PeftModel.from_pretrained(model, adapter, device_map=plan).eval()
     if "disk" in where.values():
         refuse(

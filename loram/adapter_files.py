@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -36,6 +37,26 @@ def named(base: str | Path) -> dict[str, str | None]:
         "base_model_name_or_path": name,
         "revision": None if Path(name).exists() else revision,
     }
+
+
+def read_adapter(adapter: Path) -> dict[str, Any]:
+    """The config of a PEFT adapter directory.
+
+    Raises:
+        UserError: its config or its weights are missing or damaged.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (adapter / name).is_file():
+            refuse("adapter", f"{adapter} without {name}", "a PEFT adapter directory")
+    try:
+        config = json.loads((adapter / CONFIG).read_text())
+        with safe_open(adapter / WEIGHTS, framework="pt"):
+            pass  # opening compares the header with the file's size
+    except (ValueError, SafetensorError) as error:
+        refuse("adapter", f"{adapter}, damaged ({error})", "a whole adapter")
+    if not isinstance(config, dict):
+        refuse("adapter", f"{adapter / CONFIG} that is no JSON object", "a PEFT adapter directory")
+    return config
 
 
 def refuse_unless_plain(config: dict) -> None:

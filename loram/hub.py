@@ -44,14 +44,14 @@ def local(path: str | Path) -> Path:
     return Path(found)
 
 
-def missing(path: str, setting: str = "model") -> dict[str, int] | None:
+def missing(path: str) -> dict[str, int] | None:
     """Of each file that `local` gives the bytes that it would download, 0 of one in the cache; None
     with HF_HUB_OFFLINE.
 
     Raises:
         UserError: as of `commit`.
     """
-    about = _about(path, setting)
+    about = _about(path)
     if about is None:
         return None
     sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
@@ -60,17 +60,17 @@ def missing(path: str, setting: str = "model") -> dict[str, int] | None:
     return {file: 0 if _cached(name, about.sha, file) else sizes[file] for file in chosen}
 
 
-def commit(path: str, setting: str = "model") -> str:
+def commit(path: str) -> str:
     """The commit that a hub id stands for now; with HF_HUB_OFFLINE in the cache.
 
     Raises:
         UserError: there is none, or the hub is out of reach.
     """
-    if about := _about(path, setting):
+    if about := _about(path):
         return str(about.sha)
     if cached := _cached(*split(path), "config.json"):
         return cached.parent.name
-    _refuse(path, setting, OfflineModeIsEnabled())
+    _refuse(path, "model", OfflineModeIsEnabled())
 
 
 def config_dict(path: str, setting: str = "model") -> dict[str, Any]:
@@ -92,7 +92,7 @@ def config_dict(path: str, setting: str = "model") -> dict[str, Any]:
         _refuse(path, setting, error)
 
 
-def _about(path: str, setting: str) -> ModelInfo | None:
+def _about(path: str, setting: str = "model") -> ModelInfo | None:
     name, revision = split(path)
     try:
         return HfApi().model_info(name, revision=revision, files_metadata=True, timeout=5)

@@ -1,6 +1,5 @@
 """A trained adapter on the weights of its model, one decoder layer in memory at a time."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loram.adapter_files import (
-    CONFIG,
     FACTORS,
     WEIGHTS,
     check_fits,
     module_and_factor,
+    read_adapter,
     refuse_unless_plain,
     shapes,
 )
@@ -52,9 +51,9 @@ def updates(adapter: Path, part: str, device: torch.device | str = "cpu") -> dic
     """The updates of a part of a model, such as `model.layers.3`, by the names of its linears.
 
     Raises:
-        UserError: an adapter that is not plain LoRA.
+        UserError: an adapter that is not plain LoRA, or is damaged.
     """
-    config, masks = json.loads((adapter / CONFIG).read_text()), part_masks(adapter, part)
+    config, masks = read_adapter(adapter), part_masks(adapter, part)
     refuse_unless_plain(config)
     if config.get("alpha_pattern"):  # another s for some linears
         refuse("adapter alpha_pattern", config["alpha_pattern"], "none")
@@ -101,10 +100,11 @@ def merge(base: str | Path, adapter: Path, out: Path) -> None:
 
     Raises:
         UserError: an adapter that is not plain LoRA, or not of this model; a base in NF4 or
-            compressed, whose weights cannot take it. Nothing was written.
+            compressed, whose weights cannot take it; one of both is damaged. Nothing was written.
     """
-    config, adapter, out = read_config(base), Path(adapter), Path(out)
+    config, adapter, out = read_config(base, "base"), Path(adapter), Path(out)
     check_dense(config, base, "base")
+    refuse_unless_plain(read_adapter(adapter))
     check_fits(shapes(adapter), config)
     checkpoint = Checkpoint(base)
     tied = [m for m in updates(adapter, "lm_head") if f"{m}.weight" not in checkpoint.names()]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import torch
+from safetensors.torch import save_file
 
 from loram.adapter import attach, open_adapted, save_adapter
 from loram.data import load_tokenizer
@@ -58,7 +59,12 @@ def test_an_adapter_that_is_not_one_is_refused_in_one_line(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     done = shell("recover", tmp_path, TINY, TINY, tmp_path / "out")
     assert done.returncode == 2 and "without adapter_model.safetensors" in done.stderr
-    (tmp_path / "adapter_model.safetensors").write_text("")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    done = shell("merge", TINY, tmp_path, tmp_path / "out")
+    assert done.returncode == 2 and f"{tmp_path}, damaged (" in done.stderr
+    save_file({}, tmp_path / "adapter_model.safetensors")
     done = shell("recover", tmp_path, TINY, TINY, tmp_path / "out")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert done.stderr.startswith("error: adapter: found peft_type None; accepted: LORA")
+    done = shell("generate", tmp_path, "question")
+    assert done.stderr.startswith(f"error: base: found {tmp_path} without config.json")
