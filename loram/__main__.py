@@ -34,7 +34,7 @@ def main(words: list[str] | None = None) -> int:
     verb.add_argument("base")
     verb.add_argument("adapter", type=Path)
     verb.add_argument("out", type=Path)
-    verb = verbs.add_parser("generate", help="answer one question")
+    verb = verbs.add_parser("generate", help="answer a question, or go on with a text")
     verb.add_argument("base")
     verb.add_argument("question")
     verb.add_argument("--adapter", type=Path)
@@ -51,9 +51,10 @@ def main(words: list[str] | None = None) -> int:
                 if options.adapter
                 else load(options.base, device=device)
             )
-            messages = [{"role": "user", "content": options.question}]
-            tokenizer = load_tokenizer(options.base)
-            print(generate(model, tokenizer, messages, max_new_tokens=options.max_new_tokens))
+            tokenizer, prompt = load_tokenizer(options.base), options.question
+            if tokenizer.chat_template:
+                prompt = [{"role": "user", "content": prompt}]
+            print(generate(model, tokenizer, prompt, max_new_tokens=options.max_new_tokens))
             return 0
         if options.out.exists():
             refuse("out", f"{options.out}, which exists", "a directory to be made")

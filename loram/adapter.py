@@ -192,7 +192,7 @@ def open_adapted(
     model = load(base, dtype=dtype, device=device)
     where = getattr(model, "hf_device_map", {})
     # What waits in memory stays there: PEFT, which has to know, would plan anew with what is left.
-    plan = {f"base_model.model.{name}": place for name, place in where.items()}
+    plan = {f"base_model.model.{name}": at for name, at in where.items()}
     if config.get("peft_type") != PEFT_TYPE:
         return PeftModel.from_pretrained(model, adapter, device_map=plan).eval()
     if "disk" in where.values():

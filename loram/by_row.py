@@ -1,16 +1,16 @@
-"""What the large model makes of packed rows, on disk: written batch by batch, read row by row."""
+"""Tensors that belong to packed rows, on disk: written batch by batch, read row by row."""
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loram.loss import Batch
-from loram.shards import rewrite
+from loram.shards import delete, link, rewrite, save_whole
 
 INFO = "rows.json"
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -19,10 +19,8 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 def write_rows(directory: Path, number: int, tensors: Batch) -> None:
     """Write what belongs to a batch's rows; there whole, or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    file = _file(directory, number)
     kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(kept, file.with_suffix(".partial"))
-    file.with_suffix(".partial").rename(file)
+    save_whole(kept, _file(directory, number))
 
 
 def has_rows(directory: Path, numbers: Iterable[int]) -> bool:
@@ -30,17 +28,28 @@ def has_rows(directory: Path, numbers: Iterable[int]) -> bool:
     return all(_file(directory, number).exists() for number in numbers)
 
 
-def write_info(directory: Path, batches: Sequence[Batch], layers: list[int]) -> None:
-    """Note which rows the batches have, all of one size but the last, and of which layers."""
+def publish(done: Path, out: Path, batches: Sequence[Batch], layers: list[int]) -> dict[str, float]:
+    """Turn what was written in `done` of all batches, of one size but the last, into `out`, for
+    `ByRow`; `done` is no more then.
+
+    Args:
+        layers: those that it is about.
+
+    Returns: bytes; tokens.
+    """
     rows = torch.cat([batch["row"] for batch in batches]).tolist()
     info = {"rows": rows, "size": len(batches[0]["row"]), "layers": layers}
-    rewrite(directory / INFO, json.dumps(info))
+    rewrite(done / INFO, json.dumps(info))
+    shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
+    delete(done)
+    written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 
 
 class ByRow:
     """The tensors that `write_rows` wrote for batches, whose first dimension are rows, by row.
 
-    layers: those that `write_info` was told.
+    layers: those that `publish` was told.
 
     Raises:
         FileNotFoundError: nothing finished is there.

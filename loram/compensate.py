@@ -26,11 +26,10 @@ from loram.fit_gradients import fit_gradients
 from loram.fit_values import fit_values
 from loram.kept import Kept
 from loram.layers import Layers, Spool
-from loram.loss import Batch, not_padding
+from loram.loss import Batch, not_padding, trained_tokens
 from loram.masks import copy_masks, layer_masks
-from loram.prune import copy_companions
 from loram.pruned import compensated_config
-from loram.shards import link, note, noted, write_index, write_part
+from loram.shards import link, note, noted, write_part, write_rest
 from loram.stand_in import blocks_to_fill
 from loram.subblocks import SubBlocks
 
@@ -111,8 +110,7 @@ def compensate(
         refuse("compensate.rank", 0, "1 or more")
     batches, out = list(batches), Path(out)
     tokens = sum(int(not_padding(batch).sum()) for batch in batches)
-    if not any((batch["labels"][:, 1:] != -100).any() for batch in batches):
-        raise ValueError("the calibration rows hold no token to predict")
+    trained_tokens(batches)
     full, small = Layers(source, device=device), Layers(pruned, device=device)
     if getattr(small.config, "stand_ins", None):
         refuse("compensate", f"{pruned}, compensated already", "a pruned model")
@@ -140,10 +138,8 @@ def compensate(
         write_part(out, part, small.checkpoint.tensors(part))
     for file in done.glob("*.safetensors"):
         link(file, out / file.name)
-    write_index(out)
     ranks = dict.fromkeys(blocks, min(config.rank, full.config.hidden_size))
-    compensated_config(small.config, ranks).save_pretrained(out)
-    copy_companions(small.checkpoint.path, out)
+    write_rest(out, compensated_config(small.config, ranks), small.checkpoint.path)
     copy_masks(small.checkpoint.path, out)
     missing = list(noted(report).values())
     spool.clear()

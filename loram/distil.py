@@ -5,7 +5,6 @@ the likeliest next tokens with their log-probabilities, and hidden states betwee
 `loram.train` this needs no large model; the paper's alignment is next-token loss instead.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loram.by_row import ByRow, from_float8, has_rows, to_float8, write_info, write_rows
-from loram.layers import Layers, Spool, in_parts, walk
+from loram.by_row import ByRow, from_float8, has_rows, publish, to_float8, write_rows
+from loram.layers import Layers, in_parts, walk
 from loram.loss import CHUNK, Batch, CausalLoss
-from loram.shards import link
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,7 @@ def write_targets(
             if has_rows(done / "top", part):
                 continue
             _write_part(layers, batches, part, chosen, config.top, done)
-    write_info(done, batches, chosen)
-    shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
-    Spool(done).clear()
-    written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
-    return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
+    return publish(done, out, batches, chosen)
 
 
 def _write_part(

@@ -75,13 +75,12 @@ def generate(
     prompt: str | list[dict[str, str]],
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
 ) -> str:
-    """The model's continuation of a text, or its answer to messages through the chat template.
+    """The model's continuation of a text, or its answer to messages through the chat template;
+    greedy.
 
     Args:
         prompt: plain text, or messages `{"role": ..., "content": ...}`.
-        temperature: 0 takes the likeliest token each time; else sampling, from torch's global seed.
 
     Returns:
         The new text alone, without special tokens.
@@ -97,14 +96,13 @@ def generate(
             **CHAT_OPTIONS,
         )
     inputs = inputs.to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=pad_id(tokenizer, model.config.vocab_size),
-        **(sampling if temperature > 0 else GREEDY),
+        **GREEDY,
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -159,7 +157,7 @@ def strict_match(
     scored = [(p, final_number(tokenizer.decode(p.answer))) for p in asked]
     scored = [(problem, number) for problem, number in scored if number is not None]
     pad, device = pad_id(tokenizer, model.config.vocab_size), model.device
-    right = 0
+    stops, right = stop_tokens(model, tokenizer), 0
     for start in range(0, len(scored), size):
         chunk = scored[start : start + size]
         longest = max(len(problem.prompt) for problem, _ in chunk)
@@ -171,7 +169,7 @@ def strict_match(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(seen, device=device),
                 max_new_tokens=max_new_tokens,
-                eos_token_id=stop_tokens(model, tokenizer),
+                eos_token_id=stops,
                 pad_token_id=pad,
                 **GREEDY,
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loram.layers import Spool, keep_inputs, loss_gradients
 from loram.loss import Batch, not_padding
-from loram.ridge import Fit, solve_both
+from loram.ridge import Moments, solve_both
 from loram.stand_in import StandInFound
 from loram.subblocks import SubBlocks
 
@@ -51,7 +51,7 @@ def fit_gradients(
         if fit:
             found = solve_both(fit.forward, fit.backward, fit.scale, rank, damping)
             p, q = pair = found[0].to(small.dtype(number)), found[1].to(small.dtype(number))
-            yield StandInFound(full.name(number), p, q, fit.backward.left(q.T, p.T))
+            yield StandInFound(full.name(number), p, q, fit.backward.share_left(q.T, p.T))
         spool.write_several(f"gradient-{number}", sweep.before(number, pair))
         spool.drop(f"gradient-{number + 1}")
 
@@ -61,7 +61,7 @@ class _Both:
 
     def __init__(self, full: SubBlocks) -> None:
         hidden = full.layers.config.hidden_size
-        self.forward, self.backward = Fit(hidden, full.device), Fit(hidden, full.device)
+        self.forward, self.backward = Moments(hidden, full.device), Moments(hidden, full.device)
         self.scale = 0.0
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loram.layers import Spool
 from loram.loss import Batch, not_padding
-from loram.ridge import Fit
+from loram.ridge import Moments
 from loram.stand_in import StandInFound
 from loram.subblocks import SubBlocks
 
@@ -37,11 +37,11 @@ def fit_values(
     for number in range(streams.reached(), len(full)):
         spool.write(f"large-{number + 1}", streams.large(number))
         if full.name(number) in blocks:
-            fit = Fit(full.layers.config.hidden_size, full.device)
+            fit = Moments(full.layers.config.hidden_size, full.device)
             spool.write("kept", streams.kept(number, fit))
             # What follows sees them as they are kept.
             p, q = (x.to(small.dtype(number)) for x in fit.solve(rank, damping))
-            yield StandInFound(full.name(number), p, q, fit.left(p, q))
+            yield StandInFound(full.name(number), p, q, fit.share_left(p, q))
             output = streams.compensated(number, p, q)
         else:
             output = streams.kept(number, None)
@@ -80,7 +80,7 @@ class _Streams:
         for n, batch in enumerate(self.batches):
             yield self.full.after(number, self.read(f"large-{number}", n), batch)
 
-    def kept(self, number: int, fit: Fit | None) -> Iterator[Tensor]:
+    def kept(self, number: int, fit: Moments | None) -> Iterator[Tensor]:
         """The small stream after it without a stand-in; tells `fit` what is missing."""
         for n, batch in enumerate(self.batches):
             g = self.read(f"small-{number}", n)

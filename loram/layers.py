@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loram.loss import Batch, next_token_loss
 from loram.model import check_dense, read_config
 from loram.pruned import meta_model
-from loram.shards import Checkpoint, finite
+from loram.shards import Checkpoint, delete, finite
 
 # Of residual stream in memory at a time: so much that reading the weights anew for the next takes
 # less than computing with them.
@@ -155,20 +155,11 @@ class Spool:
 
     def drop(self, name: str) -> None:
         """Delete it, if it is there."""
-        _delete(self.directory / name)
+        delete(self.directory / name)
 
     def clear(self) -> None:
         """Delete everything."""
-        _delete(self.directory)
-
-
-def _delete(directory: Path) -> None:
-    """Renamed first: a crash half-way leaves nothing that looks whole."""
-    going = directory.with_name(f"{directory.name}.going.partial")
-    shutil.rmtree(going, ignore_errors=True)
-    if directory.exists():
-        directory.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
+        delete(self.directory)
 
 
 def in_parts(batches: Sequence[Batch], hidden_size: int) -> Iterator[range]:

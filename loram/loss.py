@@ -1,6 +1,6 @@
 """Next-token loss that never holds the logits of a whole batch, which can outweigh the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,23 @@ def not_padding(batch: Batch) -> Tensor:
     return (batch["labels"] != -100).flip(1).int().cummax(1).values.flip(1).bool()
 
 
+def trained_tokens(batches: Iterable[Batch]) -> int:
+    """How many tokens of calibration rows have a loss.
+
+    Raises:
+        ValueError: none.
+    """
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    if not tokens:
+        raise ValueError("the calibration rows hold no token to predict")
+    return tokens
+
+
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model under an adapter, if it has one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 class CausalLoss(nn.Module):
     """A causal language model as a module from a batch to its summed loss, ready for DDP or FSDP2.
 
@@ -34,7 +51,7 @@ class CausalLoss(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base = unwrapped(self.model)
         # Without an attention mask and without a cache (and only then) transformers derives the
         # block-diagonal mask from restarting positions.
         out = base.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)

@@ -21,8 +21,7 @@ from loram.adapter_files import (
 from loram.errors import refuse
 from loram.masks import part_masks, unpacked
 from loram.model import check_dense, read_config
-from loram.prune import copy_companions
-from loram.shards import Checkpoint, write_index, write_part
+from loram.shards import Checkpoint, write_part, write_rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +116,4 @@ def merge(base: str | Path, adapter: Path, out: Path) -> None:
             weight = tensors[f"{module}.weight"]
             tensors[f"{module}.weight"] = (weight.float() + update.matrix()).to(weight.dtype)
         write_part(out, part, tensors)
-    write_index(out)
-    config.save_pretrained(out)
-    copy_companions(checkpoint.path, out)
+    write_rest(out, config, checkpoint.path)

@@ -16,7 +16,6 @@ A stand-in (`loram.compensate`) comes near for any row; offsets are of these row
 """
 
 import gc
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +29,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loram.adapter import open_adapted
-from loram.by_row import ByRow, from_float8, has_rows, to_float8, write_info, write_rows
+from loram.by_row import ByRow, from_float8, has_rows, publish, to_float8, write_rows
 from loram.errors import refuse
 from loram.layers import HELD, Layers, Spool, in_parts, walk
-from loram.loss import Batch, CausalLoss
+from loram.loss import Batch, CausalLoss, unwrapped
 from loram.merge import adapt_layer_
 from loram.model import load
-from loram.shards import finite, link
+from loram.shards import finite
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,7 @@ def write_offsets(
         large.clear()
         del trained  # not to be in memory with a layer of the large one: in NF4 it is a cycle
         gc.collect()
-    write_info(done, batches, chosen)
-    shutil.copytree(done, out, dirs_exist_ok=True, copy_function=link)
-    Spool(done).clear()
-    written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
-    return {"bytes": written, "tokens": sum(batch["input_ids"].numel() for batch in batches)}
+    return publish(done, out, batches, chosen)
 
 
 class Offsets(ByRow):
@@ -156,7 +151,7 @@ class OffsetLoss(CausalLoss):
         super().__init__(model)
         self._offsets: Batch = {}
         for k, i in enumerate(layers):
-            _base(model).model.layers[i - 1].register_forward_hook(partial(self._add, k))
+            unwrapped(model).model.layers[i - 1].register_forward_hook(partial(self._add, k))
 
     def forward(
         self,
@@ -178,10 +173,6 @@ class OffsetLoss(CausalLoss):
             return output
         kept = {name: self._offsets[f"offset_{name}"][:, k] for name in ("values", "scale")}
         return output + from_float8(kept).to(output)
-
-
-def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _trained(
@@ -215,7 +206,7 @@ def _missing(
         found.append({name: tensor.cpu() for name, tensor in kept.items()})
         return output + from_float8(kept).to(output)  # as training adds it
 
-    decoder = _base(small.eval()).model
+    decoder = unwrapped(small.eval()).model
     points = [(i, decoder.layers[i - 1]) for i in chosen]
     for number, batch in enumerate(batches):
         hooks = [at.register_forward_hook(partial(correct, i, number)) for i, at in points]

@@ -1,7 +1,6 @@
 """What is pruned: the choice of groups and of patterns; structured pruning, layer by layer."""
 
 import math
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -17,23 +16,13 @@ from loram.kept import Kept
 from loram.loss import Batch
 from loram.model import check_full, read_config
 from loram.pruned import pruned_config
-from loram.shards import Checkpoint, finite, write_index, write_part
+from loram.shards import Checkpoint, finite, write_part, write_rest
 from loram.sparsegpt import BLOCK, Pattern
 from loram.taylor import Scores, random_scores, taylor_scores
 
 METHODS = ("rand", "stru", "semi", "unst")
 STRUCTURED = ("rand", "stru")
 RATIOS = {"rand": 0.65, "stru": 0.65, "unst": 0.55}  # of the paper's 13B experiments
-# What goes along unchanged when a model directory is written anew: its text side, what was kept.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "chat_template*",
-    "generation_config.json",
-    "kept.safetensors",
-)
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ def score(
     return taylor_scores(source, batches, **options)
 
 
-def widths(config: PreTrainedConfig, pruning: PruneConfig) -> tuple[int, int]:
+def kept_counts(config: PreTrainedConfig, pruning: PruneConfig) -> tuple[int, int]:
     """KV heads and neurons that stay in a pruned layer, by the size rule of the authors' code.
 
     neurons = I - ceil(I * ratio); with grouped queries KV heads = K - int(K * ratio), with one
@@ -159,9 +148,9 @@ def choose(scores: Scores, config: PreTrainedConfig, pruning: PruneConfig) -> Ke
         config: of the full model.
 
     Raises:
-        UserError: as of `widths`, or every layer is left whole.
+        UserError: as of `kept_counts`, or every layer is left whole.
     """
-    kept_kv, kept_neurons = widths(config, pruning)
+    kept_kv, kept_neurons = kept_counts(config, pruning)
     layers, ends = config.num_hidden_layers, (pruning.keep_first, pruning.keep_last)
     if min(ends) < 0 or sum(ends) >= layers:
         room = f"two numbers from 0 with a sum under the model's {layers} layers"
@@ -203,14 +192,5 @@ def prune(source: str | Path, out: Path, kept: Kept) -> None:
             if cut and (parameter == "weight" or cut.dim == 0):
                 tensors[name] = cut.take(tensor)
         write_part(out, part, tensors)
-    write_index(out)
-    pruned_config(config, kept).save_pretrained(out)
-    copy_companions(checkpoint.path, out)
+    write_rest(out, pruned_config(config, kept), checkpoint.path)
     kept.save(out)
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy tokenizer, chat template, generation config and kept indices to another directory."""
-    for names in COMPANIONS:
-        for file in Path(source).glob(names):
-            shutil.copyfile(file, Path(out) / file.name)

@@ -9,7 +9,7 @@ from torch import Tensor
 VALUES = 0.1
 
 
-class Fit:
+class Moments:
     """Second moments of x (tokens, hidden) and of what is missing (tokens, hidden), float32."""
 
     def __init__(self, hidden: int, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class Fit:
         v = torch.linalg.eigh((energy + energy.T) / 2).eigenvectors[:, -rank:]
         return c @ v, v.T.contiguous()
 
-    def left(self, p: Tensor, q: Tensor) -> float:
+    def share_left(self, p: Tensor, q: Tensor) -> float:
         """The share of what is missing that (x P) Q leaves."""
         c = p.double() @ q.double()
         filled = 2 * (c * self.cross).sum() - (c * (self.gram.double() @ c)).sum()
@@ -44,7 +44,7 @@ class Fit:
 
 
 def solve_both(
-    forward: Fit, backward: Fit, scale: float, rank: int, damping: float
+    forward: Moments, backward: Moments, scale: float, rank: int, damping: float
 ) -> tuple[Tensor, Tensor]:
     """P (hidden, rank) and Q (rank, hidden), float64, for what is missing forward of x and backward
     of g.

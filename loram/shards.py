@@ -9,9 +9,21 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from loram.hub import local
 from loram.model import INDEX, weight_files
+
+# What goes along unchanged when a model directory is written anew: its text side, what was kept.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+    "kept.safetensors",
+)
 
 
 class Checkpoint:
@@ -67,9 +79,14 @@ def finite(tensor: Tensor, name: str) -> Tensor:
 
 def write_part(out: Path, part: str, tensors: dict[str, Tensor]) -> None:
     """Write the tensors of one part to a file of their own; there whole, or not at all."""
-    file = part_file(out, part)
-    save_file(tensors, file.with_suffix(".partial"), metadata={"format": "pt"})
-    file.with_suffix(".partial").rename(file)
+    save_whole(tensors, part_file(out, part))
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file; there whole, or not at all."""
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.rename(file)
 
 
 def part_file(out: Path, part: str) -> Path:
@@ -105,6 +122,15 @@ def link(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
+def delete(directory: Path) -> None:
+    """Remove it, if it is there; a crash half-way leaves nothing that looks whole."""
+    going = directory.with_name(f"{directory.name}.going.partial")
+    shutil.rmtree(going, ignore_errors=True)
+    if directory.exists():
+        directory.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
 def write_index(out: Path) -> None:
     """Write the index that makes the parts in `out` one checkpoint for every loader."""
     names, total = {}, 0
@@ -112,14 +138,20 @@ def write_index(out: Path) -> None:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():
                 names[name] = file.name
-                tensor = opened.get_slice(name)
-                total += _size(tensor.get_dtype(), tensor.get_shape())
+                total += opened.get_tensor(name).nbytes  # mapped, not read
     listing = {"metadata": {"total_size": total}, "weight_map": names}
     (Path(out) / INDEX).write_text(json.dumps(listing, indent=1, sort_keys=True))
 
 
-def _size(dtype: str, shape: list[int]) -> int:
-    size = int("".join(c for c in dtype if c.isdigit()) or 8) // 8
-    for width in shape:
-        size *= width
-    return size
+def write_rest(out: Path, config: PreTrainedConfig, source: Path) -> None:
+    """Make the parts in `out` a model directory: their index, the config, and what goes along."""
+    write_index(out)
+    config.save_pretrained(out)
+    copy_companions(source, out)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy tokenizer, chat template, generation config and kept indices to another directory."""
+    for names in COMPANIONS:
+        for file in Path(source).glob(names):
+            shutil.copyfile(file, Path(out) / file.name)

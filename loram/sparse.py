@@ -9,17 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loram.compressed import stored
 from loram.errors import refuse
 from loram.kept import Kept
 from loram.layers import Layers, Spool, forward
-from loram.loss import Batch
+from loram.loss import Batch, trained_tokens
 from loram.masks import layer_file, packed, part_masks, unpacked
 from loram.model import read_config
-from loram.prune import PruneConfig, copy_companions, pattern
+from loram.prune import PruneConfig, pattern
 from loram.pruned import compressed_config
 from loram.shards import (
     Checkpoint,
@@ -28,8 +27,9 @@ from loram.shards import (
     note,
     noted,
     part_file,
-    write_index,
+    save_whole,
     write_part,
+    write_rest,
 )
 from loram.sparsegpt import DAMPING, Hessian, Pattern, factor, sparsify_
 
@@ -79,8 +79,7 @@ def sparsify(
         with TemporaryDirectory(dir=out.parent) as directory:
             return sparsify(source, out, batches, config, work=Path(directory), device=device)
     batches, removed = list(batches), pattern(config)
-    if not any((batch["labels"][:, 1:] != -100).any() for batch in batches):
-        raise ValueError("the calibration rows hold no token to predict")
+    trained_tokens(batches)
     layers, spool, done = Layers(source, device=device), Spool(work / "activations"), work / "done"
     done.mkdir(parents=True, exist_ok=True)
     report = done / DAMPINGS
@@ -125,9 +124,7 @@ def compress(source: Path, out: Path, nf4: bool) -> None:
         write_part(out, part, tensors)
     if not survivors:
         refuse("model", f"{source} without masks", "a model that SparseGPT pruned")
-    write_index(out)
-    compressed_config(read_config(source), survivors, nf4).save_pretrained(out)
-    copy_companions(checkpoint.path, out)
+    write_rest(out, compressed_config(read_config(source), survivors, nf4), checkpoint.path)
 
 
 def sparsify_layer(
@@ -154,7 +151,7 @@ def sparsify_layer(
         tensor.copy_(kept)  # what follows sees the weights as they are kept
         tensors[f"{part}.{name}"] = kept.cpu()
     write_part(done, part, tensors)
-    save_file(masks, layer_file(done, i))
+    save_whole(masks, layer_file(done, i))
     inputs = spool.read_all(f"input-{i}")
     spool.write(f"input-{i + 1}", forward(layers, i, layer, batches, inputs))
     return dampings
@@ -193,9 +190,7 @@ def _finish(layers: Layers, done: Path, out: Path) -> None:
         if not part_file(done, part).exists():
             tensor = finite(layers.checkpoint.read(part), part)
             write_part(done, part, {part: tensor})
-    write_index(done)
-    for file in done.iterdir():
+    for file in done.glob("*.safetensors"):
         link(file, out / file.name)  # a crash in between loses no layer
-    layers.config.save_pretrained(out)
-    copy_companions(layers.checkpoint.path, out)
+    write_rest(out, layers.config, layers.checkpoint.path)
     Kept.whole(layers.config).save(out)

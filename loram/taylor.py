@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from loram.kept import LINEARS
 from loram.layers import Layers, Spool, keep_inputs, loss_gradients
-from loram.loss import Batch
+from loram.loss import Batch, trained_tokens
 
 FILE = "scores.safetensors"
 
@@ -83,9 +83,7 @@ def taylor_scores(
         with TemporaryDirectory() as directory:
             return taylor_scores(source, batches, work=Path(directory), device=device, dtype=dtype)
     batches = list(batches)
-    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    if not tokens:
-        raise ValueError("the calibration rows hold no token to predict")
+    tokens = trained_tokens(batches)
     layers, spool = Layers(source, device=device), Spool(work / "activations")
     # Cached casts of weights that have gradients would hold every layer until the last one is done.
     mixed = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": False}

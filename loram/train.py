@@ -33,8 +33,8 @@ class TrainConfig:
     steps: optimiser steps. lr: peak of linear warm-up and cosine to 0. global_batch: rows a step,
     over all processes. seq_len: tokens a row. warmup_steps: at most half of `steps` is used.
     clip: largest norm of the gradient. eval_every: steps between held-out evaluations, at which
-    also a checkpoint is written. stop: end after that step of the schedule, which stays that of
-    `steps`; None: at its end.
+    also a checkpoint is written; these, and rows of seq_len, are the caller's to make. stop: end
+    after that step of the schedule, which stays that of `steps`; None: at its end.
     """
 
     steps: int

@@ -26,7 +26,7 @@ from loram.masks import copy_masks
 from loram.model import load, read_config, save
 from loram.packing import Packed
 from loram.parallel import load_weights
-from loram.prune import copy_companions
+from loram.shards import copy_companions
 from loram.train import TrainConfig
 from pipelines import worker
 from pipelines.curve import summary

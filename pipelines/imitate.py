@@ -66,8 +66,8 @@ def compensate(
 
 @dataclass(frozen=True)
 class TargetsConfig:
-    """distil: top, hidden_layers: what is kept. rows, seed: how many rows alignment reads in all,
-    and in which order: those of them that differ are needed."""
+    """top, hidden_layers: what is kept, as in `DistilConfig`. rows, seed: how many rows alignment
+    reads in all, and in which order: those of them that differ are needed."""
 
     top: int
     hidden_layers: int

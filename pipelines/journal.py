@@ -45,15 +45,9 @@ def say(text: str) -> None:
         print(f"tracking: {text}", file=sys.stderr, flush=True)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as one, with dotted names and redacted texts as values."""
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = redact(str(value))
-    return found
+def texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """The values as redacted texts."""
+    return {name: redact(str(value)) for name, value in values.items()}
 
 
 def append(file: Path, message: Mapping[str, Any]) -> None:

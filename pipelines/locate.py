@@ -6,7 +6,7 @@ from pathlib import Path
 from loram.errors import refuse
 from loram.hub import commit, split
 from loram.model import INDEX, weight_files
-from loram.prune import COMPANIONS
+from loram.shards import COMPANIONS
 from pipelines.digest import file_digest
 from pipelines.recipe import Recipe
 from pipelines.sources import SourceSpec, digest

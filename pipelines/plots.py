@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  after the choice of a backend without a screen
 
 ALIGNMENT = ("align", "distil")
 
 
-def draw_losses(results: Sequence[tuple[str, float, float | None]]) -> plt.Figure:
+def draw_losses(results: Sequence[tuple[str, float, float | None]]) -> Figure:
     """A bar a row: its label, held-out loss in nats, and share of full LoRA's gain if known."""
     labels, losses, shares = zip(*results, strict=True)
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(labels) + 1.4), layout="constrained")
+    figure = Figure((7, 0.5 * len(labels) + 1.4), layout="constrained")
+    axes = figure.subplots()
     texts = [
         f" {loss:.3f}" + ("" if share is None else f"  ({100 * share:.0f} % of the gain)")
         for loss, share in zip(losses, shares, strict=True)
@@ -28,7 +26,7 @@ def draw_losses(results: Sequence[tuple[str, float, float | None]]) -> plt.Figur
     return figure
 
 
-def draw_curves(curves: dict[str, list[dict[str, Any]]]) -> plt.Figure:
+def draw_curves(curves: dict[str, list[dict[str, Any]]]) -> Figure:
     """Loss over steps, by name of the training step; alignment, on other text, stands apart."""
     panels = [
         (title, chosen)
@@ -38,9 +36,8 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]]) -> plt.Figure:
         )
         if chosen
     ]
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False
-    )
+    figure = Figure((4.5 * len(panels), 3.4), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, chosen) in zip(grid[0], panels, strict=True):
         for number, (name, lines) in enumerate(chosen.items()):
             for key, style in (("loss", "-"), ("held_out_loss", "o--")):

@@ -73,14 +73,14 @@ def read_rows(
         if uri.endswith(".parquet"):
             yield from _parquet(file, wanted, columns)
             return
-        place = 0
+        at = 0
         for number, raw in _raw(uri, file):
             if wanted is not None:
-                if place == len(wanted):
+                if at == len(wanted):
                     return
-                if number != wanted[place]:
+                if number != wanted[at]:
                     continue
-                place += 1
+                at += 1
             yield _parsed(number, raw, plain=kind(uri) == ".txt")
 
 
@@ -158,20 +158,20 @@ def _array(uri: str, file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Items of a JSON array that may be larger than memory."""
     stream = io.TextIOWrapper(file, encoding="utf-8-sig")
     decoder, text, number = json.JSONDecoder(), stream.read(PIECE), 0
-    place = text.index("[") + 1
+    at = text.index("[") + 1
     while True:
-        while text[place : place + 1] in SEPARATORS:
-            place += 1
-        if text[place : place + 1] == "]":
+        while text[at : at + 1] in SEPARATORS:
+            at += 1
+        if text[at : at + 1] == "]":
             return
         try:
-            item, place = decoder.raw_decode(text, place)
+            item, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            more = stream.read(PIECE) if len(text) - place < LONGEST else ""
+            more = stream.read(PIECE) if len(text) - at < LONGEST else ""
             if not more:
                 found = f"{uri}, broken after {number} items ({error})"
                 refuse("source", found, "a whole JSON array")
-            text, place = text[place:] + more, 0
+            text, at = text[at:] + more, 0
         else:
             yield number, item
             number += 1

@@ -45,8 +45,8 @@ def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
     try:
         while some := list(islice(rows, ROWS)):
             table = []
-            for place, row in some:
-                entry = {"rank": place, "content": None, "reason": None, "failure": None}
+            for number, row in some:
+                entry = {"rank": number, "content": None, "reason": None, "failure": None}
                 try:
                     text = json.dumps(content(row, form), ensure_ascii=False)
                     table.append(entry | {"content": text.encode()})

@@ -66,7 +66,7 @@ class Recipe:
 
     Attributes:
         model: directory or hub id of the full model.
-        calibration_rows: packed corpus rows that Taylor scores are taken from.
+        calibration_rows: packed corpus rows that Taylor scores and SparseGPT are calibrated on.
         compensate: stand-ins for what was removed, fitted between pruning and alignment.
         nf4: QLoRAM: quantise the pruned and aligned model before SFT.
         distil: align towards the large model's answers instead of the next token.
@@ -113,17 +113,17 @@ def changed(settings: dict[str, Any], changes: list[str]) -> dict[str, Any]:
 
 def _put(settings: dict[str, Any], key: str, value: str) -> None:
     *parents, last = key.split(".")
-    place: Any = settings
+    node: Any = settings
     for part in parents:
-        place = place.get(part) if isinstance(place, dict) else None
-    if not isinstance(place, dict) or last not in place or isinstance(place[last], dict):
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node or isinstance(node[last], dict):
         known = _keys(settings)
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
         refuse("recipe key", repr(key), ", ".join(near or known))
     try:
-        place[last] = json.loads(value)
+        node[last] = json.loads(value)
     except ValueError:
-        place[last] = value
+        node[last] = value
 
 
 def _keys(settings: dict[str, Any], prefix: str = "") -> list[str]:

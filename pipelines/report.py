@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from pipelines.journal import redact
@@ -119,14 +119,13 @@ img { max-width: 100%; display: block }
 """
 
 
-def save(out: Path, pictures: dict[str, plt.Figure]) -> str:
-    """Write pictures as SVG and PNG to the directory `out`, close them; their HTML."""
+def save(out: Path, pictures: dict[str, Figure]) -> str:
+    """Write pictures as SVG and PNG to the directory `out`; their HTML."""
     images = ""
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.svg")
         figure.savefig(out / f"{name}.png", dpi=150)
         images += image(figure)
-        plt.close(figure)
     return images
 
 
@@ -159,7 +158,7 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
     return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
 
-def image(figure: plt.Figure) -> str:
+def image(figure: Figure) -> str:
     """A picture of a self-contained page."""
     data = io.BytesIO()
     figure.savefig(data, format="svg")

@@ -123,10 +123,10 @@ class Runs:
                     self.client.restore_experiment(known.experiment_id)
                     say(f"experiment {name} had been deleted and is restored")
                 return str(known.experiment_id)
-            place = None  # a server knows where it keeps artifacts
+            uri = None  # a server knows where it keeps artifacts
             if self.uri.startswith("sqlite"):
-                place = (Path(self.uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
-            return str(self.client.create_experiment(name, artifact_location=place))
+                uri = (Path(self.uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
+            return str(self.client.create_experiment(name, artifact_location=uri))
 
     def _open(
         self,

@@ -118,11 +118,11 @@ def mixed(sample: Sample) -> Sample:
 
     By their hashes alone a source of which few rows were taken would come first.
     """
-    place = np.empty(len(sample))
+    order = np.empty(len(sample))
     for source in np.unique(sample.source):
         ours = np.flatnonzero(sample.source == source)
-        place[ours] = (np.arange(len(ours)) + 0.5) / len(ours)
-    return sample.take(np.lexsort((sample.source, place)))
+        order[ours] = (np.arange(len(ours)) + 0.5) / len(ours)
+    return sample.take(np.lexsort((sample.source, order)))
 
 
 def quotas(rows: int | None, weights: Sequence[float], setting: str) -> list[int | None]:
@@ -137,9 +137,9 @@ def quotas(rows: int | None, weights: Sequence[float], setting: str) -> list[int
         return [None] * len(weights)
     parts = [rows * weight / sum(weights) for weight in weights]
     whole = [math.floor(part) for part in parts]
-    by_rest = sorted(range(len(parts)), key=lambda place: (whole[place] - parts[place], place))
-    for place in by_rest[: rows - sum(whole)]:
-        whole[place] += 1
+    by_rest = sorted(range(len(parts)), key=lambda n: (whole[n] - parts[n], n))
+    for n in by_rest[: rows - sum(whole)]:
+        whole[n] += 1
     return list(whole)
 
 

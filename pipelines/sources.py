@@ -96,14 +96,14 @@ def choose_files(files: list[File], share: float, *salt: int) -> list[File]:
     if share == 1:
         return files
     room, chosen = share * sum(file.size for file in files), []
-    for place in np.argsort(scatter(np.arange(len(files)), *salt), kind="stable"):
-        if files[place].size <= room:
-            room -= files[place].size
-            chosen.append(int(place))
+    for number in np.argsort(scatter(np.arange(len(files)), *salt), kind="stable"):
+        if files[number].size <= room:
+            room -= files[number].size
+            chosen.append(int(number))
     if not chosen:
         smallest = min(file.size for file in files) / sum(file.size for file in files)
         refuse("share", f"{share}, less than the smallest file", f"{smallest:.3g} or more")
-    return [files[place] for place in sorted(chosen)]
+    return [files[number] for number in sorted(chosen)]
 
 
 def digest(spec: SourceSpec, cache: Path | None) -> str:

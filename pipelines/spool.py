@@ -70,8 +70,8 @@ def read_spool(directory: Path) -> Iterator[tuple[int, Document]]:
         flat_ids = ids.values.to_numpy()
         flat_trained = trained.values.to_numpy(zero_copy_only=False)
         others = (table[name].to_pylist() for name in ("rank", "truncated"))
-        for place, (rank, truncated) in enumerate(zip(*others, strict=True)):
-            span = slice(bounds[place], bounds[place + 1])
+        for n, (rank, truncated) in enumerate(zip(*others, strict=True)):
+            span = slice(bounds[n], bounds[n + 1])
             yield rank, Document(flat_ids[span], flat_trained[span], truncated)
 
 

@@ -1,7 +1,7 @@
 """The steps of the method: each reads input directories, calls loram and writes one directory.
 
-Nothing here knows of Ray, MLflow or the graph. `corpus.py` has the steps that prepare data,
-`imitate.py` those that make the small model behave like the large one.
+Nothing here knows of MLflow or of the graph, and of Ray only what `fit` does. `corpus.py` has the
+steps that prepare data, `imitate.py` those that make the small model behave like the large one.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from loram.hub import local
 from loram.model import load, read_config, save
 from loram.packing import Packed, batches
 from loram.plan import pruned_size, size
-from loram.prune import PruneConfig, choose, copy_companions
+from loram.prune import PruneConfig, choose
+from loram.shards import copy_companions
 from loram.taylor import Scores, random_scores, taylor_scores
 from loram.train import TrainConfig
 from pipelines.fit import fit

@@ -4,6 +4,7 @@
     <root>/work/sft-3f9a0c2b71de/     an unfinished step's checkpoints; they survive a crash
     <root>/partial/                   entries being written
     <root>/locks/  <root>/digests/    who uses what; remembered checksums
+    <root>/reports/                   what commands made of finished steps
 
 The root may be a local path or a shared file system. Readers of an entry hold its lock together,
 the one who makes or removes it holds it alone.
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -236,7 +238,7 @@ def main(words: list[str] | None = None) -> int:
     cleaning.add_argument("--unused-days", type=float, help="also entries unused for so long")
     options = parser.parse_args(words)
     try:
-        store = Store(Path(options.store or home() / "store").absolute())
+        store = Store.at(options.store)
         if options.verb == "list":
             lines = listing(store)
         elif options.verb == "remove":
@@ -245,8 +247,8 @@ def main(words: list[str] | None = None) -> int:
             lines = [f"removed {path}" for path in clean(store, options.unused_days)]
         print("\n".join(lines))
     except UserError as error:
-        print(error)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

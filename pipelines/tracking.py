@@ -17,7 +17,7 @@ from typing import Any
 
 from loram.errors import refuse
 from pipelines.execute import CURVE, Event
-from pipelines.journal import Journal, flat, redact, say
+from pipelines.journal import Journal, redact, say, texts
 
 LONGEST = 6000  # characters that MLflow takes as the value of a param
 PATIENCE_S = 60.0  # how long an unreachable server is waited for when the run is over
@@ -67,7 +67,7 @@ class Tracking:
     Args:
         uri: `local(root)` or a tracking server.
         root: where the journals lie (and the SQLite store): home() / "mlflow".
-        params: flat or nested; logged with dotted names, on the nested runs too.
+        params: logged as texts, on the nested runs too.
         tags: of the pipeline's run and the nested ones.
         name: of the pipeline's run.
 
@@ -86,19 +86,19 @@ class Tracking:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._uri, self._patience_s = uri, patience_s
-        texts = flat(params)
-        for key, text in texts.items():
+        shown = texts(params)
+        for key, text in shown.items():
             if len(text) > LONGEST:
                 say(f"{key} is cut to {LONGEST} of its {len(text)} characters")
-                texts[key] = text[:LONGEST]
+                shown[key] = text[:LONGEST]
         self._journal, self._lock = Journal.create(
             root,
             op="begin",
             uri=redact(uri),
             experiment=experiment,
             name=name,
-            params=texts,
-            tags=flat(tags),
+            params=shown,
+            tags=texts(tags),
         )
 
     def __enter__(self) -> "Tracking":
@@ -131,31 +131,23 @@ class Tracking:
         Args:
             params, tags: of its nested run, where they are not those of the pipeline's.
         """
-        step, curve = event.step, str((event.path / CURVE).absolute())
+        step, curve = event.step, (event.path / CURVE).absolute()
         if event.kind == "started":
-            own = {"params": flat(params)} if params else {}
-            own |= {"tags": flat(tags)} if tags else {}
-            self._write(op="start", key=step.key, name=step.name, curve=curve, **own)
+            own = {"params": texts(params)} if params else {}
+            own |= {"tags": texts(tags)} if tags else {}
+            self._write(op="start", key=step.key, name=step.name, curve=str(curve), **own)
         elif event.kind == "finished":
-            metrics = {**event.metrics, "seconds": event.seconds}
-            self._write(
-                op="finish", key=step.key, status="FINISHED", curve=curve, metrics=metrics, error=""
-            )
+            self.finish(step.key, {**event.metrics, "seconds": event.seconds}, curve, "")
         elif event.kind == "failed":
-            self._write(
-                op="finish",
-                key=step.key,
-                status="FAILED",
-                curve=curve,
-                metrics={},
-                error=redact(event.text),
-            )
+            self.finish(step.key, {}, curve, event.text)
 
     def begin(
         self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
     ) -> None:
         """A nested run with a name, params and tags of its own, such as a sweep's trial."""
-        self._write(op="start", key=key, name=name, curve="", params=flat(params), tags=flat(tags))
+        self._write(
+            op="start", key=key, name=name, curve="", params=texts(params), tags=texts(tags)
+        )
 
     def finish(
         self, key: str, metrics: Mapping[str, float | str], curve: Path | None, error: str

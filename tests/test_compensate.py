@@ -10,7 +10,7 @@ from loram.errors import UserError
 from loram.kept import Kept
 from loram.model import save
 from loram.prune import prune
-from loram.ridge import Fit
+from loram.ridge import Moments
 from loram.shards import Checkpoint
 from tests.compensated import EVERY, PRUNINGS, again, distance, make, rows
 from tests.conftest import FAMILIES, tiny_model
@@ -106,7 +106,7 @@ def test_full_rank_is_the_unreduced_fit():
     mix = torch.randn(24, 24, generator=generator)
     x = torch.randn(400, 24, generator=generator) @ mix
     missing = torch.randn(400, 24, generator=generator) + 0.1 * x @ mix
-    fit = Fit(24, torch.device("cpu"))
+    fit = Moments(24, torch.device("cpu"))
     fit.add(x[:100], missing[:100])
     fit.add(x[100:], missing[100:])
     gram = (x.T @ x).double()
@@ -120,7 +120,7 @@ def test_full_rank_is_the_unreduced_fit():
     p, q = fit.solve(5, 1e-2)
     assert (p @ q - best).abs().max() < 1e-4 * best.abs().max()
     left = (missing - x @ (p @ q).float()).square().sum() / missing.square().sum()
-    assert fit.left(p, q) == pytest.approx(float(left), rel=1e-4)
+    assert fit.share_left(p, q) == pytest.approx(float(left), rel=1e-4)
 
 
 def test_the_fit_follows_the_large_model_not_the_layer_alone(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from loram.layers import Layers, Spool
 from loram.loss import CausalLoss
 from loram.model import load
 from loram.offsets import OffsetLoss, Offsets, write_offsets
-from loram.ridge import VALUES, Fit, solve_both
+from loram.ridge import VALUES, Moments, solve_both
 from loram.shards import Checkpoint
 from loram.subblocks import SubBlocks
 from tests.compensated import EVERY, PRUNINGS, again, make, rows
@@ -67,8 +67,8 @@ def test_the_large_model_s_gradient_is_that_of_autograd(tmp_path):
         assert torch.allclose(spool.read_several("gradient-0", n)["large"], true, atol=1e-5)
 
 
-def fit(x: torch.Tensor, missing: torch.Tensor) -> Fit:
-    found = Fit(x.shape[1], torch.device("cpu"))
+def fit(x: torch.Tensor, missing: torch.Tensor) -> Moments:
+    found = Moments(x.shape[1], torch.device("cpu"))
     found.add(x, missing)
     return found
 
@@ -76,7 +76,7 @@ def fit(x: torch.Tensor, missing: torch.Tensor) -> Fit:
 def test_full_rank_solves_the_equation_and_less_is_the_nearest_in_both_metrics():
     generator = torch.Generator().manual_seed(0)
 
-    def drawn() -> Fit:
+    def drawn() -> Moments:
         x = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
         return fit(x, torch.randn(400, 24, generator=generator) + 0.1 * x)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.journal import Journal, flat, redact
+from pipelines.journal import Journal, redact, texts
 from pipelines.runs import Runs
 from pipelines.sender import flush
 from pipelines.tracking import Tracking, local
@@ -128,4 +128,4 @@ def test_secrets_are_removed_and_the_rest_is_not() -> None:
         "sqlite:////home/a@b/x.db hf://org/name@main"
     )
     assert redact('"http://me:p@s\\"s@host:5000", "a@b"') == '"http://***@host:5000", "a@b"'
-    assert flat({"a": {"b": (1, 2)}, "c": None}) == {"a.b": "(1, 2)", "c": "None"}
+    assert texts({"a.b": (1, 2), "c": None}) == {"a.b": "(1, 2)", "c": "None"}

@@ -10,7 +10,7 @@ import loram.taylor
 from loram.errors import UserError
 from loram.kept import head_dim
 from loram.model import save
-from loram.prune import PruneConfig, choose, score, widths
+from loram.prune import PruneConfig, choose, kept_counts, score
 from loram.taylor import Scores, random_scores
 from tests.conftest import FAMILIES, tiny_model
 
@@ -30,7 +30,7 @@ def test_size_rule(heads, kv, size, ratio, multiple, kept_kv, kept):
     config = tiny_model("llama").config
     config.num_attention_heads, config.num_key_value_heads = heads, kv
     config.intermediate_size = size
-    assert widths(config, PruneConfig(ratio=ratio, multiple=multiple)) == (kept_kv, kept)
+    assert kept_counts(config, PruneConfig(ratio=ratio, multiple=multiple)) == (kept_kv, kept)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_size_rule(heads, kv, size, ratio, multiple, kept_kv, kept):
 )
 def test_impossible_cuts_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        widths(tiny_model("llama").config, PruneConfig(**change))
+        kept_counts(tiny_model("llama").config, PruneConfig(**change))
 
 
 @pytest.mark.parametrize("method", ["semi", "unst"])
@@ -61,7 +61,7 @@ def test_groups_are_not_chosen_for_single_weights(method, tmp_path):
 def test_a_ratio_that_leaves_no_head_is_refused():
     config = tiny_model("llama", num_key_value_heads=8, num_attention_heads=8).config
     with pytest.raises(UserError, match="leaves 0 KV heads"):
-        widths(config, PruneConfig(ratio=0.9))
+        kept_counts(config, PruneConfig(ratio=0.9))
 
 
 def test_a_model_of_which_every_layer_is_left_whole_is_refused():

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from matplotlib import pyplot as plt
 
 from pipelines.recipe import flat
 from pipelines.results import Row
@@ -93,12 +92,10 @@ def test_pictures_say_what_they_show(name, x, inside):
     assert panels[2:] == (["right answers, in domain (%)"] if name == "ratio" else [])
     assert "standard deviation over 3 seeds (0, 1, 2)" in figure.get_suptitle()
     assert all(axes.containers for axes in figure.axes)  # error bars
-    plt.close(figure)
     single = picture(answer(name, seeds=("4",), rates=()))
     assert single.get_suptitle() == "one seed (4), no error bars"
     assert "own best rate" not in labels(single)
     assert all(bar.has_yerr is False for axes in single.axes for bar in axes.containers)
-    plt.close(single)
 
 
 def test_the_picture_of_costs_stacks_every_stage_that_took_something():
@@ -108,7 +105,6 @@ def test_the_picture_of_costs_stacks_every_stage_that_took_something():
     assert units == ["tokens (thousands)", "time (s)", "peak memory of a process (GB)"]
     arms = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert arms[0] == "LoRA" and len(arms) == 5
-    plt.close(figure)
 
 
 def test_the_page_holds_everything_and_loads_nothing(tmp_path):

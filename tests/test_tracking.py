@@ -74,7 +74,7 @@ def test_a_pipeline_and_the_steps_that_ran(
     (tmp_path / "adapter" / "weights").write_text("w")
     (tmp_path / "recipe.json").write_text("{}")
     secret = "hf://user:geheim@host/data?token=geheim&rows=3"
-    params = {"sft": {"lr": 3e-4, "data": secret}, "prune.ratio": 0.65, "long": "x" * 7000}
+    params = {"sft.lr": 3e-4, "sft.data": secret, "prune.ratio": 0.65, "long": "x" * 7000}
     with ThreadPoolExecutor(1) as pool:
         execute([prune], store, lambda *what: pool.submit(run, *what), None, lambda event: None)
     tags = {"recipe": "default"}

@@ -1,6 +1,7 @@
 """The pictures of studies. Filled and solid: the shared rate; hollow and dashed: the own best."""
 
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
@@ -34,14 +35,15 @@ WIDE = 4.0  # from this ratio of the largest value to the smallest an axis is lo
 Means = dict[Cell, dict[str, Spread]]
 
 
-def picture(seen: Seen) -> plt.Figure:
+def picture(seen: Seen) -> Figure:
     """The picture of `steps`, `recovery` or `ratio`: a panel a measure."""
     panel = {"steps": _steps, "recovery": _recovery, "ratio": _ratio}[seen.study.name]
     found = means(seen.points)
     measures = [name for name in PANELS if any(name in spreads for spreads in found.values())]
     size = (4.3 * len(measures), 4.6)
     layout = ConstrainedLayoutEngine(wspace=0.06)
-    figure, grid = plt.subplots(1, len(measures), figsize=size, layout=layout, squeeze=False)
+    figure = Figure(size, layout=layout)
+    grid = figure.subplots(1, len(measures), squeeze=False)
     for axes, measure in zip(grid[0], measures, strict=True):
         panel(axes, found, measure)
         axes.set_ylabel(PANELS[measure])
@@ -76,7 +78,7 @@ def style(model: str) -> tuple[str, str]:
 
 
 def _points(
-    axes: plt.Axes, at: list[tuple[float, Spread]], colour: str, marker: str, rate: str
+    axes: Axes, at: list[tuple[float, Spread]], colour: str, marker: str, rate: str
 ) -> None:
     """Points with error bars in the rate's style, joined; percentages where shares are drawn."""
     at = sorted(at, key=lambda pair: pair[0])
@@ -96,7 +98,7 @@ def _points(
     )
 
 
-def _level(axes: plt.Axes, spread: Spread, rate: str, colour: str) -> None:
+def _level(axes: Axes, spread: Spread, rate: str, colour: str) -> None:
     """A reference across the panel, and its standard deviation as a band."""
     axes.axhline(spread.mean, ls="-" if rate == "shared" else "--", color=colour, lw=1.2, zorder=1)
     axes.axhspan(spread.mean - spread.sd, spread.mean + spread.sd, color=colour, alpha=0.12, lw=0)
@@ -111,7 +113,7 @@ def _of(found: Means, measure: str) -> Means:
     }
 
 
-def _references(axes: plt.Axes, found: Means, measure: str, full: bool) -> None:
+def _references(axes: Axes, found: Means, measure: str, full: bool) -> None:
     for cell, spreads in found.items():
         if cell.model == "base":
             axes.axhline(spreads[measure].mean, color="black", ls="--", lw=1.2, zorder=1)
@@ -119,7 +121,7 @@ def _references(axes: plt.Axes, found: Means, measure: str, full: bool) -> None:
             _level(axes, spreads[measure], cell.rate, style(cell.model)[0])
 
 
-def _lines(axes: plt.Axes, found: Means, measure: str, x: str, inferences: tuple[str, ...]) -> None:
+def _lines(axes: Axes, found: Means, measure: str, x: str, inferences: tuple[str, ...]) -> None:
     """A line for each method, inference and rate, over the field `x` of the cells."""
     grouped: dict[tuple[str, str, str], list[tuple[float, Spread]]] = {}
     for cell, spreads in found.items():
@@ -130,7 +132,7 @@ def _lines(axes: plt.Axes, found: Means, measure: str, x: str, inferences: tuple
         _points(axes, at, *style(model), rate)
 
 
-def _steps(axes: plt.Axes, found: Means, measure: str) -> None:
+def _steps(axes: Axes, found: Means, measure: str) -> None:
     chosen = _of(found, measure)
     _references(axes, chosen, measure, full=False)
     _lines(axes, chosen, measure, "step", ("full", "large"))
@@ -138,22 +140,22 @@ def _steps(axes: plt.Axes, found: Means, measure: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _ratio(axes: plt.Axes, found: Means, measure: str) -> None:
+def _ratio(axes: Axes, found: Means, measure: str) -> None:
     chosen = _of(found, measure)
     _references(axes, chosen, measure, full=True)
     _lines(axes, chosen, measure, "ratio", ("large", "untrained"))
     axes.set_xlabel("pruning ratio (prune.ratio)")
 
 
-def _recovery(axes: plt.Axes, found: Means, measure: str) -> None:
+def _recovery(axes: Axes, found: Means, measure: str) -> None:
     chosen = _of(found, measure)
     _references(axes, chosen, measure, full=True)
     models = list(dict.fromkeys(c.model for c in chosen if c.aligned is not None))
     for cell, spreads in chosen.items():
         if cell.aligned is not None:
             offset, colour, marker, _ = CORNERS[cell.inference, cell.aligned]
-            place = models.index(cell.model) + offset
-            _points(axes, [(place, spreads[measure])], colour, marker, cell.rate)
+            x = models.index(cell.model) + offset
+            _points(axes, [(x, spreads[measure])], colour, marker, cell.rate)
     axes.set_xticks(range(len(models)), [model.replace("-", "-\n") for model in models])
     axes.set_xlim(-0.6, len(models) - 0.4)
     axes.tick_params(axis="x", length=0, labelsize=9)

@@ -2,26 +2,29 @@
 
 from collections.abc import Callable
 
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from tune.draw import seeds
 from tune.points import SEARCH, STAGES, Cost, Seen, spread
 
 COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00", "#cc79a7", "#999999", "#d55e00")
 ORDER = [*dict.fromkeys(STAGES.values()), SEARCH]
-STACKED: dict[str, tuple[Callable[[Cost], float | None], str]] = {
-    "tokens": (lambda cost: cost.tokens and cost.tokens / 1e3, "tokens (thousands)"),
-    "seconds": (lambda cost: cost.seconds, "time (s)"),
-}
+STACKED: tuple[tuple[Callable[[Cost], float | None], str], ...] = (
+    (lambda cost: cost.tokens and cost.tokens / 1e3, "tokens (thousands)"),
+    (lambda cost: cost.seconds, "time (s)"),
+)
 
 
-def draw_costs(seen: Seen) -> plt.Figure:
+def draw_costs(seen: Seen) -> Figure:
     """Tokens and seconds, stacked by stage, and the peak memory of each stage; a row an arm."""
     arms = list(dict.fromkeys(cost.arm for cost in seen.costs))
     stages = [stage for stage in ORDER if any(cost.stage == stage for cost in seen.costs)]
     size = (12, 0.5 * len(arms) + 2.2)
-    figure, grid = plt.subplots(1, 3, figsize=size, layout="constrained", sharey=True)
-    for axes, (value, label) in zip(grid, STACKED.values(), strict=False):
+    figure = Figure(size, layout="constrained")
+    grid = figure.subplots(1, 3, sharey=True)
+    for axes, (value, label) in zip(grid, STACKED, strict=False):
         _stack(axes, seen.costs, arms, stages, value)
         axes.set_xlabel(label)
     for row, arm in enumerate(arms):
@@ -29,10 +32,10 @@ def draw_costs(seen: Seen) -> plt.Figure:
             mine = [c.peak_memory_bytes for c in seen.costs if (c.arm, c.stage) == (arm, stage)]
             if found := spread(peak and peak / 1e9 for peak in mine):
                 # One below the other: stages with the same peak are all seen.
-                place = row + 0.5 * ((number + 0.5) / len(stages) - 0.5)
+                y = row + 0.5 * ((number + 0.5) / len(stages) - 0.5)
                 bar = found.sd if found.n > 1 else None
                 axes = grid[2]
-                axes.errorbar(found.mean, place, xerr=bar, fmt=_mark(stage), **_dot(stage))
+                axes.errorbar(found.mean, y, xerr=bar, fmt=_mark(stage), **_dot(stage))
     grid[2].set_xlabel("peak memory of a process (GB)")
     grid[0].set_yticks(range(len(arms)), arms)
     grid[0].invert_yaxis()
@@ -41,7 +44,7 @@ def draw_costs(seen: Seen) -> plt.Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
-    handles = [plt.Rectangle((0, 0), 1, 1, label=stage, **_fill(stage)) for stage in stages]
+    handles = [Rectangle((0, 0), 1, 1, label=stage, **_fill(stage)) for stage in stages]
     columns = len(stages)
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
@@ -51,7 +54,7 @@ def draw_costs(seen: Seen) -> plt.Figure:
 
 
 def _stack(
-    axes: plt.Axes,
+    axes: Axes,
     costs: list[Cost],
     arms: list[str],
     stages: list[str],

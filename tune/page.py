@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.markup import escape
 from rich.table import Table
@@ -107,13 +107,14 @@ UNITS = {
 }
 
 
-def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
+def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> Figure:
     """The final metric over one searched field, a colour a group; early-stopped trials hollow.
 
     A line joins those that trained to the end and differ in this field alone; others compare with
     each other alone.
     """
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    figure = Figure((6.5, 4), layout="constrained")
+    axes = figure.subplots()
     groups, alone = plan.space.combinations(), len(plan.space.searched) == 1
     for number, group in enumerate(groups):
         mine = [o for o in outcomes if o.scores and group.items() <= o.values.items()]
@@ -146,9 +147,10 @@ def _draw_scores(plan: Plan, outcomes: list[Outcome], key: str) -> plt.Figure:
     return figure
 
 
-def _draw_curves(outcomes: list[Outcome]) -> plt.Figure:
+def _draw_curves(outcomes: list[Outcome]) -> Figure:
     """Held-out loss over steps, a line a trial."""
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    figure = Figure((6.5, 4), layout="constrained")
+    axes = figure.subplots()
     for number, o in enumerate(outcomes):
         if o.curve is None:
             continue

@@ -5,8 +5,8 @@ random learning rates may well lie side by side.
 
 A search that was killed is played again: the trials that its notes hold go first, with their
 values, and the store has what they trained. What was over is not stopped anew, and what failed is
-tried again. (The restoring of Ray Tune goes back to its last
-snapshot, and a trial that was proposed after that is neither run nor proposed again.)
+tried again. (The restoring of Ray Tune goes back to its last snapshot, and a trial that was
+proposed after that is neither run nor proposed again.)
 """
 
 import itertools

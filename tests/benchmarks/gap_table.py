@@ -3,12 +3,9 @@
 import statistics
 from collections.abc import Iterable
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  after the choice of a backend without a screen
-
-from tests.benchmarks import kept  # noqa: E402
+from tests.benchmarks import kept
 
 Model = tuple[str, float | None]  # method and ratio, None where it removes single weights
 # Of the picture: its name there, colour (Okabe and Ito) and marker.
@@ -65,10 +62,11 @@ def table(ways: Iterable[str], **chosen: object) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows if any(row[1:]))
 
 
-def picture(**chosen: object) -> plt.Figure:
+def picture(**chosen: object) -> Figure:
     """Mean and deviation over seeds of the share of gain, a group a model."""
     found = kept("gap", **chosen)
-    figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    figure = Figure((9, 4.4), layout="constrained")
+    axes = figure.subplots()
     for number, (way, (name, colour, marker)) in enumerate(DRAWN.items()):
         drawn = [(x, shares(of_cell(found, way, m))) for x, m in enumerate(models(found))]
         drawn = [(x + 0.13 * (number - 2), values) for x, values in drawn if values]
