@@ -221,8 +221,8 @@ def test_command_line(tmp_path: Path, store: Store, capsys: pytest.CaptureFixtur
     words = ["--store", str(store.root)]
     assert store_module.main([*words, "list"]) == 0
     assert step.slug in capsys.readouterr().out
-    assert store_module.main([*words, "remove", "none"]) == 1
-    assert capsys.readouterr().out.startswith("entry: found 'none', which fits nothing")
+    assert store_module.main([*words, "remove", "none"]) == 2
+    assert capsys.readouterr().err.startswith("error: entry: found 'none', which fits nothing")
     assert store_module.main([*words, "remove", step.slug]) == 0 and store.slugs() == []
 
 
