@@ -34,7 +34,7 @@ def main(words: list[str] | None = None) -> int:
     verb.add_argument("base")
     verb.add_argument("adapter", type=Path)
     verb.add_argument("out", type=Path)
-    verb = verbs.add_parser("generate", help="answer a question, or go on with a text")
+    verb = verbs.add_parser("generate", help="answer one question")
     verb.add_argument("base")
     verb.add_argument("question")
     verb.add_argument("--adapter", type=Path)
@@ -42,19 +42,18 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         read_config(options.base, "base")
-        if options.verb != "recover" and Path(options.base).is_dir():
-            check_weights(Path(options.base), "base")
         if options.verb == "generate":
+            if Path(options.base).is_dir():
+                check_weights(Path(options.base), "base")
             device = "auto" if torch.cuda.is_available() else "cpu"
             model = (
                 open_adapted(options.base, options.adapter, device=device)
                 if options.adapter
                 else load(options.base, device=device)
             )
-            tokenizer, prompt = load_tokenizer(options.base), options.question
-            if tokenizer.chat_template:
-                prompt = [{"role": "user", "content": prompt}]
-            print(generate(model, tokenizer, prompt, max_new_tokens=options.max_new_tokens))
+            messages = [{"role": "user", "content": options.question}]
+            tokenizer = load_tokenizer(options.base)
+            print(generate(model, tokenizer, messages, max_new_tokens=options.max_new_tokens))
             return 0
         if options.out.exists():
             refuse("out", f"{options.out}, which exists", "a directory to be made")

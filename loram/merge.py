@@ -20,7 +20,7 @@ from loram.adapter_files import (
 )
 from loram.errors import refuse
 from loram.masks import part_masks, unpacked
-from loram.model import check_dense, read_config
+from loram.model import check_dense, check_weights, read_config
 from loram.shards import Checkpoint, write_part, write_rest
 
 
@@ -103,6 +103,8 @@ def merge(base: str | Path, adapter: Path, out: Path) -> None:
     """
     config, adapter, out = read_config(base, "base"), Path(adapter), Path(out)
     check_dense(config, base, "base")
+    if Path(base).is_dir():
+        check_weights(Path(base), "base")
     refuse_unless_plain(read_adapter(adapter))
     check_fits(shapes(adapter), config)
     checkpoint = Checkpoint(base)

@@ -19,6 +19,7 @@ from pipelines.assets import home
 from pipelines.gpu_memory import stages
 from pipelines.lock import try_lock
 from pipelines.recipe import Instruct, Recipe
+from pipelines.sample import Config
 from pipelines.settings import check_settings
 from pipelines.sources import peek
 from pipelines.step import Step, topological_order
@@ -167,8 +168,8 @@ def check_space(
     """The store has room for what a run takes there, less what its steps have taken already."""
     needed, free = disk.run_bytes(recipe, config), shutil.disk_usage(store.root).free
     for step in topological_order(targets):
-        for directory in (store.entry(step.slug), store.work(step.slug)):
-            needed -= sum(path.lstat().st_size for path in directory.rglob("*"))
+        if not isinstance(step.config, Config):  # rows of data are not in `run_bytes`
+            needed -= disk.taken(store.entry(step.slug)) + disk.taken(store.work(step.slug))
     if free < needed:
         found = f"{free / 1e9:.1f} GB free at {store.root}"
         refuse("store", found, f"{needed / 1e9:.1f} GB or more")

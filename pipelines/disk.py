@@ -1,4 +1,8 @@
-"""What a run takes on disk, told from its recipe alone."""
+"""What a run takes on disk, told from its recipe alone, and what a directory has taken."""
+
+import contextlib
+import os
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -10,6 +14,16 @@ from loram.offsets import offset_bytes, working_bytes
 from pipelines.recipe import Recipe
 
 CHECKPOINTS = 3  # the best, the latest and, while it is written, the next
+
+
+def taken(directory: Path) -> int:
+    """Bytes of the files in a directory, in which another run may be writing; 0 if it is absent."""
+    total = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).lstat().st_size
+    return total
 
 
 def run_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:

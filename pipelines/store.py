@@ -26,9 +26,9 @@ from typing import Any
 
 from loram.errors import UserError, refuse
 from pipelines.assets import home
-from pipelines.digest import file_digest, forget_absent
+from pipelines.digest import forget_absent
 from pipelines.lock import Lock, try_lock
-from pipelines.seal import RECORD, sync
+from pipelines.seal import RECORD, flaw, sync
 
 
 @dataclass(frozen=True)
@@ -97,25 +97,12 @@ class Store:
         """
         entry = self.entry(slug)
         try:
-            record = self.record(slug)
-            if record["key"] != key:
-                return f"{RECORD} is for another step, {record['key']}"
-            there = {str(p.relative_to(entry)) for p in entry.rglob("*") if p.is_file()}
-            if odd := sorted(there.symmetric_difference({RECORD, *record["files"]})):
-                return f"{odd[0]} is missing or was added"
-            for name, was in record["files"].items():
-                if (entry / name).stat().st_size != was["size"]:
-                    return f"{name} has not the size of its record"
-                if file_digest(entry / name, self.root / "digests") != was["sha256"]:
-                    return f"{name} has not the checksum of its record"
+            return flaw(entry, key, self.root / "digests")
         except FileNotFoundError:
             return "missing"
         except OSError as error:
             found = f"{error.filename or entry} ({error.strerror})"
             refuse("store", found, "entries that can be read; `store remove` removes one")
-        except (ValueError, KeyError, TypeError) as error:
-            return f"unreadable: {error!r}"
-        return ""
 
     def touch(self, slug: str) -> None:
         """Remember that the entry was used now, for `clean`."""

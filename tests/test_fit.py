@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import ray.train.torch
 import torch
 from conftest import tiny_model
 from peft import PeftModel
@@ -159,6 +160,7 @@ def test_a_training_in_two_parts_is_the_same(cluster, data, tmp_path):
     assert [line["step"] for line in curve if "held_out_loss" in line] == [2, 3, 4, 6]
     # Where the first part ended is not where it was best, if it got worse again.
     assert latest_checkpoint(tmp_path / "first").name == "step-000003"
+    assert not list((tmp_path / "first").rglob("*.lock"))
 
 
 @pytest.mark.slow
@@ -225,17 +227,30 @@ def test_a_sparse_model_is_aligned_with_its_holes(cluster, data, tmp_path):
     assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
 
 
-def test_one_training_at_a_time_writes_a_work_directory(cluster, data, tmp_path):
+def test_one_training_at_a_time_writes_a_work_directory(cluster, data, tmp_path, monkeypatch):
     """The workers of a killed driver may live on: a training waits for them, and locks out others
     as long as its own live."""
     file, held = tmp_path / "work" / TRAINING, []
-    other = wait_lock(file)
-    free = threading.Timer(2.0, lambda: (held.append(time.time()), other.release()))
+    training = {
+        "model": data / "model",
+        "train": data / "train",
+        "held_out": data / "held_out",
+        "config": CONFIG,
+        "adapter": AdapterConfig(),
+        "place": Place(cpus_per_worker=1, micro_batch=2),
+        "out": tmp_path / "out",
+        "work": tmp_path / "work",
+    }
+    free = threading.Timer(1.0, wait_lock(file).release)
     free.start()
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="begun"):
+        patch.setattr(ray.train.torch, "TorchTrainer", begun)
+        fit("sft", **training)
+    assert not free.is_alive()
+
     done = threading.Event()
 
     def watch():
-        free.join()
         while not done.wait(0.05):
             if lock := try_lock(file):
                 lock.release()
@@ -244,22 +259,15 @@ def test_one_training_at_a_time_writes_a_work_directory(cluster, data, tmp_path)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    fit(
-        "sft",
-        model=data / "model",
-        train=data / "train",
-        held_out=data / "held_out",
-        config=CONFIG,
-        adapter=AdapterConfig(),
-        place=Place(cpus_per_worker=1, micro_batch=2),
-        out=tmp_path / "out",
-        work=tmp_path / "work",
-    )
+    fit("sft", **training)
     done.set()
     watcher.join()
     steps = [line["time"] for line in lines(tmp_path / "work" / "metrics.jsonl")]
-    assert steps[0] > held[0] and held[-1] >= steps[-2]
-    assert not list((tmp_path / "out").glob("*.lock"))
+    assert held[0] <= steps[0] and held[-1] >= steps[-2]
+
+
+def begun(*args, **options):
+    raise ValueError("begun")
 
 
 def test_a_quantised_model_is_not_aligned(data, tmp_path):

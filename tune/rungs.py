@@ -92,8 +92,10 @@ def going_on(
         try:
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(earlier[step.key] / STATE, copy)
-            shutil.rmtree(work, ignore_errors=True)
-            copy.rename(work)
+            work.mkdir(parents=True, exist_ok=True)
+            for child in sorted(copy.iterdir(), key=lambda path: path.name == RUN):  # it, the last
+                child.replace(work / child.name)
+            copy.rmdir()
         except OSError as error:
             lost: Future[Metrics] = Future()
             lost.set_exception(error)

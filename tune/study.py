@@ -67,9 +67,8 @@ def run(study: Study) -> int:
     model, sources = locate(recipe, store.root / "digests")
     recipe = replace(recipe, model=model.uri)  # of the hub, the commit
     planned = trainings.plan(study, model, sources)
-    for arm in study.arms:
-        own = evaluations(study, [t for t in planned if t.arm == arm])
-        check_space(store, arm.recipe, config, own)
+    for training in planned:
+        check_space(store, training.recipe, config, evaluations(study, [training]))
     methods = sorted({arm.recipe.prune.method for arm in study.arms if not arm.full})
     tags = {"study": study.name, "variant": ",".join(methods), "stage": "study"}
     with session(recipe, store, f"study-{study.name}-{recipe.name}", tags) as here:
