@@ -110,7 +110,7 @@ def compensate(
         refuse("compensate.rank", 0, "1 or more")
     batches, out = list(batches), Path(out)
     tokens = sum(int(not_padding(batch).sum()) for batch in batches)
-    trained_tokens(batches)
+    trained_tokens(batches)  # there are some, or it raises
     full, small = Layers(source, device=device), Layers(pruned, device=device)
     if getattr(small.config, "stand_ins", None):
         refuse("compensate", f"{pruned}, compensated already", "a pruned model")

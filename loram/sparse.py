@@ -79,7 +79,7 @@ def sparsify(
         with TemporaryDirectory(dir=out.parent) as directory:
             return sparsify(source, out, batches, config, work=Path(directory), device=device)
     batches, removed = list(batches), pattern(config)
-    trained_tokens(batches)
+    trained_tokens(batches)  # there are some, or it raises
     layers, spool, done = Layers(source, device=device), Spool(work / "activations"), work / "done"
     done.mkdir(parents=True, exist_ok=True)
     report = done / DAMPINGS

@@ -33,6 +33,8 @@ from pipelines.sample import (
     CorpusConfig,
     InstructConfig,
     Sample,
+    check_bad,
+    check_count,
     first,
     lowest,
     mixed,
@@ -110,7 +112,7 @@ def _encoded(
     spares = [with_spares(limit, config.max_bad_share) for limit in limits]
     sample = mixed(lowest(_numbered(files, config.seed, spares), spares))
     for source, path in enumerate(paths):
-        _check_count(config, path, int((sample.source == source).sum()), limits[source])
+        check_count(config, path, int((sample.source == source).sum()), limits[source])
     (work / REJECTS).unlink(missing_ok=True)
     shutil.rmtree(work / "spool", ignore_errors=True)
     good = np.ones(len(sample), bool)
@@ -118,28 +120,11 @@ def _encoded(
     write_spool(_watched(tables, sample, files, good, work), work / "spool")
     for source, path in enumerate(paths):
         of_source = good[sample.source == source]
-        _check_bad(config, path, of_source, work / REJECTS)
-        _check_count(config, path, int(of_source.sum()), limits[source])
+        check_bad(config, path, of_source, work / REJECTS)
+        check_count(config, path, int(of_source.sum()), limits[source])
     used = first(good, sample, limits)
     documents = (document for rank, document in read_spool(work / "spool") if used[rank])
     return documents, int((~good).sum())
-
-
-def _check_bad(config: Config, path: str, good: np.ndarray, rejects: Path) -> None:
-    """Refuse a source with too many malformed rows."""
-    bad, share = int((~good).sum()), float(np.mean(~good))
-    if share > config.max_bad_share:
-        found = f"{bad} malformed of {len(good)} rows of {path} ({share:.1%}), listed in {rejects}"
-        setting = "instruct" if isinstance(config, InstructConfig) else "corpus"
-        refuse(f"{setting}.max_bad_share", found, f"at most {config.max_bad_share:.1%}")
-
-
-def _check_count(config: Config, path: str, rows: int, limit: int | None) -> None:
-    """Refuse a source with fewer rows than asked of it; for evaluation alone, one with none."""
-    wanted = 1 if config.setting == "evaluate" else limit or 1
-    if rows < wanted:
-        found = f"{limit or 'all'} rows from {path}, which has {rows} good ones"
-        refuse(f"{config.setting}.rows", found, "no more than there are")
 
 
 def _numbered(files: list[list[File]], seed: int, limits: list[int | None]) -> Iterator[Sample]:

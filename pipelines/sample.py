@@ -8,6 +8,7 @@ taking more keeps those taken. Sources are mixed so that they have their part in
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -158,6 +159,23 @@ def first(good: np.ndarray, sample: Sample, limits: Sequence[int | None]) -> np.
         if limit is not None:
             used[np.flatnonzero(good & (sample.source == source))[limit:]] = False
     return used
+
+
+def check_bad(config: Config, path: str, good: np.ndarray, rejects: Path) -> None:
+    """Refuse a source with too many malformed rows."""
+    bad, share = int((~good).sum()), float(np.mean(~good))
+    if share > config.max_bad_share:
+        found = f"{bad} malformed of {len(good)} rows of {path} ({share:.1%}), listed in {rejects}"
+        setting = "instruct" if isinstance(config, InstructConfig) else "corpus"
+        refuse(f"{setting}.max_bad_share", found, f"at most {config.max_bad_share:.1%}")
+
+
+def check_count(config: Config, path: str, rows: int, limit: int | None) -> None:
+    """Refuse a source with fewer rows than asked of it; for evaluation alone, one with none."""
+    wanted = 1 if config.setting == "evaluate" else limit or 1
+    if rows < wanted:
+        found = f"{limit or 'all'} rows from {path}, which has {rows} good ones"
+        refuse(f"{config.setting}.rows", found, "no more than there are")
 
 
 def _merged(samples: list[Sample], limits: Sequence[int | None]) -> Sample:
